@@ -1,0 +1,97 @@
+"""The root of the configuration, the checks that cross its parts, and what makes two configurations the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from lifealign.data.options import DataOptions, SequenceOptions
+from lifealign.errors import UserError
+from lifealign.evaluation.options import EvaluationOptions
+from lifealign.models.options import ModelOptions
+from lifealign.runtime.engine import ZeroOptions
+from lifealign.runtime.options import CheckpointOptions, Resume, RunOptions, TrackingOptions
+from lifealign.stages import StageOptions
+
+INCIDENTAL = ("run", "resume", "tracking", "checkpoint")
+"""Sections that say how a run is kept and watched, and nothing about what it computes."""
+
+
+@dataclass
+class Config:
+    """Everything a run depends on. ``objective`` and ``strategy`` are registered components, chosen by name."""
+
+    seed: int = 0
+    resume: Resume = Resume.auto
+    run: RunOptions = field(default_factory=RunOptions)
+    sequence: SequenceOptions = MISSING
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    sft: StageOptions = field(default_factory=StageOptions)
+    preference: StageOptions = field(default_factory=StageOptions)
+    objective: Any = MISSING
+    strategy: Any = MISSING
+    zero: ZeroOptions = field(default_factory=ZeroOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    tracking: TrackingOptions = field(default_factory=TrackingOptions)
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def build(composed: DictConfig) -> Config:
+    """The composed configuration as objects; ``objective`` and ``strategy`` become the components themselves.
+
+    Raises:
+        UserError: for a value out of range, or values that do not go together.
+    """
+    config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
+    if config.sft.epochs == 0 and config.preference.epochs == 0:
+        raise UserError("sft.epochs=0 and preference.epochs=0: nothing would be trained; give one of them an epoch")
+    return config
+
+
+def resolved(composed: DictConfig) -> dict[str, Any]:
+    """The configuration as plain values, secrets masked; what ``config.yaml`` holds."""
+    return _masked(OmegaConf.to_container(composed, resolve=True, enum_to_str=True))
+
+
+def _masked(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {k: _masked(v, str(k)) for k, v in value.items()}
+    secret = re.search(r"(api_?key|token|secret|password)$", key, re.IGNORECASE) and isinstance(value, str)
+    return "***" if secret else value
+
+
+def run_name(composed: DictConfig) -> str:
+    """Name of a run that is told no other: a function of its settings, so that the same command finds it again."""
+    values = {k: v for k, v in resolved(composed).items() if k not in INCIDENTAL}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    names = composed.sequence.name, OmegaConf.get_type(composed.strategy), OmegaConf.get_type(composed.objective)
+    sequence, strategy, objective = (getattr(n, "registered_name", n) for n in names)
+    return f"{sequence}-{strategy}-{objective}-seed{composed.seed}-{digest}"
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """``key: before -> now`` for every setting that matters and is not the same."""
+    flat_before, flat_now = _flat(before), _flat(now)
+    keys = sorted(k for k in {*flat_before, *flat_now} if k.split(".")[0] not in INCIDENTAL)
+    gone = object()
+    return [
+        f"{k}: {flat_before.get(k)} -> {flat_now.get(k)}"
+        for k in keys
+        if flat_before.get(k, gone) != flat_now.get(k, gone)
+    ]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()}

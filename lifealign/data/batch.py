@@ -1,0 +1,112 @@
+"""From token ids to the tensors of one forward pass.
+
+A *row* is a prompt with one or more responses. Under the shared-prefix layout it is one line of the batch,
+``prompt | response | response``: each response attends to the prompt and to itself, and its positions continue the
+prompt's. The last prompt token predicts the first token of every response. Under the concatenated layout each response
+is a line of its own behind a copy of the prompt. Both give the same log-probabilities; the first computes the prompt once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+
+PADDING = -1  # segment of padded positions; 0 is the prompt, 1, 2, ... are responses
+
+
+class Row(NamedTuple):
+    """Token ids of a prompt and of its responses."""
+
+    prompt: Sequence[int]
+    responses: Sequence[Sequence[int]]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + sum(len(r) for r in self.responses)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``lines`` x ``length`` token positions, of which ``targets`` many carry a prediction.
+
+    Sequences are numbered row by row: response k of row i among rows of R responses is sequence i * R + k.
+    """
+
+    input_ids: torch.Tensor  # (lines, length) int64
+    position_ids: torch.Tensor  # (lines, length) int64
+    segments: torch.Tensor  # (lines, length) int64: PADDING, 0 or the response's number in its line
+    predictors: torch.Tensor  # (targets,) int64 index into the flattened positions: where each target is predicted
+    targets: torch.Tensor  # (targets,) int64 token ids
+    sequence_ids: torch.Tensor  # (targets,) int64
+    num_sequences: int
+    shared_prefix: bool  # whether a line holds more than one response
+    tokens: int  # positions that are not padding
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+
+    def attention_mask(self) -> torch.Tensor | None:
+        """(lines, 1, length, length) bool, True where a query sees a key; None where plain causal attention will do.
+
+        Padding stands at the end of a line, so causal attention alone keeps it out of sight of the rest.
+        """
+        if not self.shared_prefix:
+            return None
+        query, key = self.segments[:, :, None], self.segments[:, None, :]
+        causal = torch.ones(key.shape[-1], key.shape[-1], dtype=torch.bool, device=key.device).tril()
+        return ((((key == 0) & (query != PADDING)) | (key == query)) & causal).unsqueeze(1)
+
+
+def collate(rows: Sequence[Row], *, shared_prefix: bool, pad_token_id: int) -> Batch:
+    """Lay rows out as one batch, padded at the end to the longest line.
+
+    Raises:
+        ValueError: for a row without prompt, or with an empty response: there would be nothing to predict from or to.
+    """
+    if any(not row.prompt or not all(row.responses) for row in rows):
+        raise ValueError("a row needs a prompt and responses of at least one token")
+    lines = list(rows) if shared_prefix else [Row(row.prompt, [r]) for row in rows for r in row.responses]
+    length = max(line.length for line in lines)
+    ids = torch.full((len(lines), length), pad_token_id)
+    positions = torch.arange(length).repeat(len(lines), 1)
+    segments = torch.full((len(lines), length), PADDING)
+    predictors, targets, sequence_ids = [], [], []
+    sequence = 0
+    for number, line in enumerate(lines):
+        start = len(line.prompt)
+        ids[number, :start] = torch.tensor(line.prompt)
+        segments[number, :start] = 0
+        last_of_prompt = start - 1
+        for segment, response in enumerate(line.responses, 1):
+            end = start + len(response)
+            ids[number, start:end] = torch.tensor(response)
+            segments[number, start:end] = segment
+            positions[number, start:end] = torch.arange(last_of_prompt + 1, last_of_prompt + 1 + len(response))
+            here = number * length + torch.arange(start - 1, end - 1)
+            here[0] = number * length + last_of_prompt
+            predictors.append(here)
+            targets.append(torch.tensor(response))
+            sequence_ids.append(torch.full((len(response),), sequence))
+            sequence, start = sequence + 1, end
+    return Batch(
+        input_ids=ids,
+        position_ids=positions,
+        segments=segments,
+        predictors=torch.cat(predictors),
+        targets=torch.cat(targets),
+        sequence_ids=torch.cat(sequence_ids),
+        num_sequences=sequence,
+        shared_prefix=any(len(line.responses) > 1 for line in lines),
+        tokens=sum(line.length for line in lines),
+    )
+
+
+def length_buckets(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices of all rows in groups of at most ``size`` of like length, longest first (memory runs out early or never)."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]

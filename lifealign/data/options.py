@@ -1,0 +1,66 @@
+"""What a user may say about rows: where they come from, how long they may be, and which tasks form a sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Dict, List, Optional
+
+from omegaconf import MISSING
+
+
+@dataclass
+class DataOptions:
+    """``data.*``: where rows come from and how much of them is used."""
+
+    hub: bool = False  # True: rows come from the public hub names in the sequence's ``sources``
+    root: Optional[str] = None  # folder holding TASK/train.* and TASK/test.* or dev.*; None: the bundled demonstration set
+    max_train: Optional[int] = None  # training pairs a task, the first of its file that are usable; None: all
+    max_eval: Optional[int] = None  # held-out pairs a task
+    max_prompt_tokens: int = 512  # longer prompts lose their beginning
+    max_response_tokens: int = 512  # longer responses lose their end, but keep the end-of-sequence token
+    max_empty: float = 0.02  # share of rows with an empty prompt or response above which a file is refused
+
+
+@dataclass
+class Columns:
+    """Which columns of a row hold what. Empty names fall back to the ones every task may use (see docs/data.md)."""
+
+    prompt: Optional[str] = None
+    chosen: Optional[str] = None
+    rejected: Optional[str] = None
+    responses: Optional[List[str]] = None  # two columns of responses, for data that says which of the two is better
+    preferred: Optional[str] = None  # column with the index (0 or 1) of the better one of ``responses``
+    join_rejected: Optional[str] = None  # joins a list of rejected answers ("; "); None: the first that is not empty
+
+
+@dataclass
+class HubSource:
+    """A data set of the Hugging Face hub."""
+
+    path: str = MISSING
+    name: Optional[str] = None  # configuration of the data set
+    revision: Optional[str] = None  # branch, tag or commit; None: the main branch
+    data_dir: Optional[str] = None
+    data_files: Optional[str] = None
+    train_split: str = "train"
+    eval_split: Optional[str] = "test"  # None: hold out ``eval_share`` of the training split
+    eval_share: float = 0.1
+    columns: Optional[Columns] = None  # columns of the hub's rows; None: those of the task
+
+
+@dataclass
+class TaskSource:
+    """One task of a sequence."""
+
+    domain: str = ""  # what the task is about, for tables and reports
+    columns: Columns = field(default_factory=Columns)  # columns of the rows under ``data.root``
+    hub: Optional[HubSource] = None
+
+
+@dataclass
+class SequenceOptions:
+    """``sequence.*``: the tasks, in the order in which the model meets them."""
+
+    name: str = MISSING
+    tasks: List[str] = MISSING
+    sources: Dict[str, TaskSource] = field(default_factory=dict)

@@ -1,0 +1,149 @@
+"""Preferences become token ids, by the model's own chat template and within the length limits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from lifealign.data.schema import Preference
+from lifealign.data.turns import Turn
+from lifealign.errors import UserError
+
+CUT = "response cut to nothing"
+EQUAL_CUT = "equal after truncation"
+
+_CHUNK = 256  # rows rendered before the tokenizer is called: it works on many texts at once
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference as the model reads it. ``prompt + chosen`` and ``prompt + rejected`` are the two sequences."""
+
+    id: str
+    prompt: list[int]
+    chosen: list[int]  # ends with the end-of-turn or end-of-sequence token, as does rejected
+    rejected: list[int]
+    prompt_text: str  # readable, whole even where the ids were cut
+    chosen_text: str
+    rejected_text: str
+
+
+@dataclass(frozen=True)
+class PairTokenizer:
+    """Renders and tokenises preferences. Raises UserError for a tokenizer without chat template or eos token."""
+
+    tokenizer: Any  # transformers.PreTrainedTokenizerBase
+    max_prompt_tokens: int
+    max_response_tokens: int
+
+    def __post_init__(self) -> None:
+        name = getattr(self.tokenizer, "name_or_path", "") or "given"
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise UserError(
+                f"model.path: the tokenizer of '{name}' has no chat template; "
+                f"use an instruct model, or set tokenizer.chat_template and save it"
+            )
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(
+                f"model.path: the tokenizer of '{name}' has no eos token; "
+                f"use an instruct model, or set tokenizer.eos_token and save it"
+            )
+        for key in ("max_prompt_tokens", "max_response_tokens"):
+            least = 1 if key == "max_prompt_tokens" else 2  # a token to learn from, and the end
+            if getattr(self, key) < least:
+                raise UserError(f"data.{key}={getattr(self, key)} must be at least {least}")
+
+    def pairs(self, preferences: Sequence[Preference], limit: int | None) -> tuple[list[Pair], Counter[str]]:
+        """The first ``limit`` usable pairs, and how many of those looked at were dropped for which reason."""
+        kept: list[Pair] = []
+        dropped: Counter[str] = Counter({CUT: 0, EQUAL_CUT: 0})
+        wanted = len(preferences) if limit is None else limit
+        position = 0
+        while position < len(preferences) and len(kept) < wanted:
+            chunk = preferences[position : position + min(_CHUNK, wanted - len(kept))]
+            position += len(chunk)
+            for pair in self._tokenise(chunk):
+                reason = _unusable(pair)
+                if reason is None:
+                    kept.append(pair)
+                else:
+                    dropped[reason] += 1
+        return kept, dropped
+
+    def _tokenise(self, preferences: Sequence[Preference]) -> list[Pair]:
+        texts = [text for preference in preferences for text in self._render(preference)]
+        ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        special = self._end_ids()
+        pairs = []
+        for row, preference in enumerate(preferences):
+            prompt, chosen, rejected = ids[3 * row : 3 * row + 3]
+            pairs.append(
+                Pair(
+                    preference.id,
+                    prompt[-self.max_prompt_tokens :],
+                    self._cut(chosen, special),
+                    self._cut(rejected, special),
+                    readable(preference.prompt),
+                    preference.chosen,
+                    preference.rejected,
+                )
+            )
+        return pairs
+
+    def _render(self, preference: Preference) -> tuple[str, str, str]:
+        """Prompt text and the two response texts, as the template writes them."""
+        turns = list(preference.prompt)
+        prompt = self._template(turns, preference.id, add_generation_prompt=True)
+        responses = []
+        for answer in (preference.chosen, preference.rejected):
+            whole = self._template([*turns, {"role": "assistant", "content": answer}], preference.id)
+            if not whole.startswith(prompt):
+                raise UserError(
+                    f"model.path: the chat template of '{self.tokenizer.name_or_path}' does not begin a finished "
+                    f"conversation with its own generation prompt (row {preference.id}), so responses cannot "
+                    f"be told from prompts; use another template"
+                )
+            responses.append(whole[len(prompt) :].rstrip())  # many templates write a newline after the end token
+        return prompt, responses[0], responses[1]
+
+    def _template(self, turns: list[Turn], id: str, add_generation_prompt: bool = False) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except jinja2.TemplateError as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"row {id}: the chat template of '{self.tokenizer.name_or_path}' refuses its turns ({roles}): "
+                f"{reason}; change the row or use another model"
+            ) from error
+
+    def _cut(self, ids: list[int], special: set[int]) -> list[int]:
+        """A response within the limit that ends with an end token; what is lost is lost before it."""
+        if not ids or ids[-1] not in special:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        return ids if len(ids) <= self.max_response_tokens else [*ids[: self.max_response_tokens - 1], ids[-1]]
+
+    def _end_ids(self) -> set[int]:
+        """Special tokens, any of which may be the template's end of turn; an unknown word or a beginning is no end."""
+        added = self.tokenizer.added_tokens_decoder
+        special = {*self.tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)}
+        return special - {self.tokenizer.unk_token_id, self.tokenizer.bos_token_id} | {self.tokenizer.eos_token_id}
+
+
+def readable(prompt: Sequence[Turn]) -> str:
+    """A prompt for people: the text of a single user turn, or one ``role: text`` paragraph a turn."""
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def _unusable(pair: Pair) -> str | None:
+    if len(pair.chosen) < 2 or len(pair.rejected) < 2:
+        return CUT
+    return EQUAL_CUT if pair.chosen == pair.rejected else None

@@ -1,0 +1,20 @@
+"""The one exception that a user is meant to see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: a key, a file, a row. Its text is one line that names the place and the fix.
+
+    Commands print the text alone and exit with status 2. Everything else that goes wrong keeps its traceback.
+    """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the nearest known word, or ``"; known: a, b"`` where none is near."""
+    names = sorted(str(k) for k in known)
+    near = get_close_matches(word, names, n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(names)}"

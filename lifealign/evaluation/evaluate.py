@@ -1,0 +1,76 @@
+"""Score the policy on the held-out pairs of one task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lifealign.data.tasks import Task
+from lifealign.data.tokenize import Pair
+from lifealign.evaluation.generation import generate
+from lifealign.evaluation.options import EvaluationOptions
+from lifealign.evaluation.preference import PREFERENCE_METRICS, preference_metrics
+from lifealign.evaluation.text import TEXT_METRICS
+from lifealign.models.loading import pad_token_id
+from lifealign.models.policy import Policy
+from lifealign.models.scoring import ReferenceLogps, score_pairs
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores by metric, and what the policy said of each held-out pair."""
+
+    scores: dict[str, float]
+    predictions: list[dict[str, Any]]
+
+
+@dataclass
+class Evaluator:
+    """Scores tasks; ``beta`` is the objective's, since margins are in its units. Every call is made on every rank."""
+
+    policy: Policy
+    reference: ReferenceLogps
+    tokenizer: PreTrainedTokenizerBase
+    options: EvaluationOptions
+    beta: float
+
+    def evaluate(self, module: nn.Module, task: Task) -> Evaluation:
+        """Score ``module``, the policy or the engine around it, on the task's held-out pairs."""
+        pairs = task.test
+        wanted = set(self.options.metrics)
+        scores: dict[str, float] = {}
+        rows = [{"id": p.id, "prompt": p.prompt_text, "chosen": p.chosen_text, "rejected": p.rejected_text} for p in pairs]
+        if wanted & set(PREFERENCE_METRICS):
+            logps, margins, scores = self._preference(module, pairs)
+            for row, (chosen, rejected), margin in zip(rows, logps.tolist(), margins.tolist(), strict=True):
+                row |= {"chosen_logp": chosen, "rejected_logp": rejected, "margin": margin}
+        if self.options.generates:
+            answered = pairs[: self.options.max_generations]
+            texts = generate(
+                module,
+                self.policy,
+                [p.prompt for p in answered],
+                self.tokenizer,
+                batch_size=self.options.batch_size,
+                max_new_tokens=self.options.max_new_tokens,
+            )
+            for row, text in zip(rows, texts, strict=False):
+                row["prediction"] = text
+            scores |= {name: metric(texts, [p.chosen_text for p in answered]) for name, metric in TEXT_METRICS.items()}
+        return Evaluation({name: scores[name] for name in self.options.metrics}, rows)
+
+    def _preference(
+        self, module: nn.Module, pairs: Sequence[Pair]
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+        sizes = {"batch_size": self.options.batch_size, "pad_token_id": pad_token_id(self.tokenizer)}
+        self.reference.ensure(module, self.policy, pairs, **sizes)
+        logps, reference = score_pairs(module, self.policy, pairs, **sizes), self.reference.of(pairs)
+        gains = (logps - reference).double()
+        lengths = torch.tensor([len(p.chosen) for p in pairs])
+        scores = preference_metrics(logps, reference, lengths, beta=self.beta)
+        return logps, self.beta * (gains[:, 0] - gains[:, 1]), scores

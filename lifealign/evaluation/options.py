@@ -1,0 +1,33 @@
+"""What a user may say about evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import List, Optional
+
+from lifealign.errors import UserError, did_you_mean
+from lifealign.evaluation.preference import PREFERENCE_METRICS
+from lifealign.evaluation.text import TEXT_METRICS
+
+
+@dataclass
+class EvaluationOptions:
+    """``evaluation.*``."""
+
+    metrics: List[str] = field(default_factory=lambda: [*PREFERENCE_METRICS, *TEXT_METRICS])
+    forward: bool = False  # score tasks that are still to come, too
+    batch_size: int = 32  # pairs, or prompts, a rank holds at once
+    max_new_tokens: int = 64
+    max_generations: Optional[int] = None  # held-out prompts a task that are answered; None: all
+
+    def __post_init__(self) -> None:
+        known = [*PREFERENCE_METRICS, *TEXT_METRICS]
+        for name in self.metrics:
+            if name not in known:
+                raise UserError(f"evaluation.metrics: unknown metric '{name}'{did_you_mean(name, known)}")
+        if self.batch_size < 1 or self.max_new_tokens < 1:
+            raise UserError("evaluation.batch_size and evaluation.max_new_tokens must be at least 1")
+
+    @property
+    def generates(self) -> bool:
+        return any(name in TEXT_METRICS for name in self.metrics)

@@ -1,0 +1,273 @@
+"""The task loop: plan, train, consolidate, evaluate, commit; and where an interrupted run goes on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lifealign.assets import SIX_DOMAINS
+from lifealign.config import Config
+from lifealign.data.tasks import Task, load_tasks
+from lifealign.data.tokenize import Pair
+from lifealign.errors import UserError
+from lifealign.evaluation.evaluate import Evaluator
+from lifealign.evaluation.scores import ScoreBook
+from lifealign.models.adapter import read_factors, save_adapter, write_factors
+from lifealign.models.loading import attach_lora, enable_gradient_checkpointing, load_base, load_tokenizer, pad_token_id
+from lifealign.models.policy import Policy, choose_layout
+from lifealign.models.scoring import ReferenceLogps, pair_row
+from lifealign.runtime import checkpoint, distributed
+from lifealign.runtime.engine import deepspeed_config, inference_engine, training_engine
+from lifealign.runtime.files import write_json, write_json_lines
+from lifealign.runtime.tracking import Tracker
+from lifealign.stages import PreferenceStage, Stage, StageOptions, SupervisedStage
+from lifealign.strategies import Context, Run, State
+from lifealign.trainer import Trainer, make_optimizer, make_schedule
+
+log = logging.getLogger(__name__)
+
+PHASES = ("sft", "preference", "commit")
+"""A task's phases, each ending in a checkpoint. ``commit`` updates the strategy, evaluates and writes what is left."""
+
+
+@dataclass
+class Position:
+    """The next phase to run."""
+
+    task: int = 0
+    phase: str = PHASES[0]
+
+    def advance(self) -> None:
+        following = PHASES.index(self.phase) + 1
+        if following == len(PHASES):
+            self.task, self.phase = self.task + 1, PHASES[0]
+        else:
+            self.phase = PHASES[following]
+
+
+class Lifelong:
+    """A run: one model, a sequence of tasks, one strategy.
+
+    Args:
+        config: the whole configuration.
+        folder: the run directory, the same on every rank.
+        tracker: where numbers go.
+    """
+
+    def __init__(self, config: Config, folder: Path, tracker: Tracker) -> None:
+        self.config, self.folder, self.tracker = config, folder, tracker
+        self.timing: dict[str, float] = defaultdict(float)
+        with self._timed("loading"):
+            self.tokenizer = load_tokenizer(config.model)
+            self.tasks = load_tasks(config.sequence, config.data, self.tokenizer, SIX_DOMAINS)
+            check_batches(config, self.tasks)
+            self.policy = make_policy(config, self.tasks)
+        self.reference = ReferenceLogps()
+        self.strategy = config.strategy
+        self.run_info = Run(self.policy, folder, config.seed)
+        self.strategy.setup(self.run_info)
+        self.evaluator = Evaluator(
+            self.policy, self.reference, self.tokenizer, config.evaluation, beta=config.objective.beta
+        )
+        self.book = ScoreBook([task.name for task in self.tasks])
+        self.position = Position()
+        self.steps = 0
+
+    def run(self) -> None:
+        """Go on from the newest checkpoint, or start, and run every phase that is left."""
+        self._restore()
+        while self.position.task < len(self.tasks):
+            number, phase = self.position.task, self.position.phase
+            log.info("task %d of %d (%s): %s", number + 1, len(self.tasks), self.tasks[number].name, phase)
+            if phase == "commit":
+                self._commit(number)
+            else:
+                self._train(number, self._stage(phase))
+            self.position.advance()
+            with self._timed("saving"):
+                self._save()
+
+    # Training
+
+    def _stage(self, phase: str) -> Stage:
+        return SupervisedStage() if phase == "sft" else PreferenceStage(self.config.objective, self.reference)
+
+    def _train(self, number: int, stage: Stage) -> None:
+        """One stage of a task: a fresh engine, its steps, and what the strategy makes of the update."""
+        options: StageOptions = getattr(self.config, stage.name)
+        if options.epochs == 0:
+            return
+        context = Context(self.run_info, self.tasks[number], number, stage.name)
+        pairs = self.strategy.train_data(context, self.tasks[number].train)
+        self.strategy.begin_stage(context)
+        torch.manual_seed(context.generator("dropout").initial_seed() % 2**32 + distributed.rank())
+        accumulation = options.accumulation(stage.name, distributed.world_size())
+        engine_config = deepspeed_config(
+            self.config.zero,
+            micro_batch_size=options.micro_batch_size,
+            accumulation=accumulation,
+            max_grad_norm=options.max_grad_norm,
+        )
+        steps = options.steps(len(pairs), stage.name, distributed.world_size())
+        with training_engine(
+            self.policy, engine_config, partial(make_optimizer, options), partial(make_schedule, options, steps)
+        ) as engine:
+            if stage.name == "preference":
+                with self._timed("reference"):
+                    self._ensure_reference(engine, pairs)
+            trainer = Trainer(
+                engine=engine,
+                stage=stage,
+                options=options,
+                strategy=self.strategy,
+                context=context,
+                tracker=self.tracker,
+                pad_token_id=pad_token_id(self.tokenizer),
+                log_every=self.config.tracking.log_every,
+                steps_before=self.steps,
+            )
+            with self._timed(stage.name):
+                self.steps += trainer.train(pairs)
+        with self._timed("consolidation"):
+            for record in self.strategy.end_stage(context):
+                self.tracker.log("consolidation", {"task": context.task.name, "stage": stage.name, **record})
+
+    def _ensure_reference(self, engine: torch.nn.Module, pairs: Sequence[Pair]) -> None:
+        computed = self.reference.ensure(
+            engine,
+            self.policy,
+            pairs,
+            batch_size=self.config.evaluation.batch_size,
+            pad_token_id=pad_token_id(self.tokenizer),
+        )
+        self.tracker.log("reference", {"computed_pairs": computed, "needed_pairs": len(pairs)})
+
+    # Evaluation and commit
+
+    def _commit(self, number: int) -> None:
+        """Close a task: the strategy's end of task, scores on what was seen, and the task's folder."""
+        task = self.tasks[number]
+        self.strategy.end_task(Context(self.run_info, task, number, ""))
+        scored = self.tasks if self.config.evaluation.forward else self.tasks[: number + 1]
+        predictions: list[dict[str, Any]] = []
+        scores: dict[str, dict[str, float]] = {}
+        with self._timed("evaluation"), inference_engine(self.policy, self.config.zero) as module:
+            for other, on in enumerate(scored):
+                result = self.evaluator.evaluate(module, on)
+                scores[on.name] = result.scores
+                predictions += [{"task": on.name, **row} for row in result.predictions]
+                for metric, value in result.scores.items():
+                    self.book.record(metric, number, other, value)
+                self.tracker.log("evaluation", {"after": task.name, "on": on.name, **result.scores})
+        left = self.folder / "tasks" / f"{number + 1:02d}_{task.name}"
+        with self._timed("saving"):
+            save_adapter(self.policy.model, left / "adapter")
+            save_adapter(self.policy.model, self.folder / "adapter")
+            if distributed.is_main():
+                write_json_lines(left / "predictions.jsonl", predictions)
+                write_json(left / "scores.json", {"after": task.name, "scores": scores})
+                write_json(self.folder / "scores.json", self.scores())
+
+    def scores(self) -> dict[str, Any]:
+        """``scores.json``."""
+        strategy, objective = self.config.strategy.registered_name, self.config.objective.registered_name
+        return self.book.to_json(strategy, objective, self.config.seed)
+
+    # Checkpoints
+
+    def _save(self) -> None:
+        """Write a checkpoint of everything that the phases to come depend on."""
+        strategy = self.strategy.state_dict()
+        tensors = {f"adapter/{k}": v for k, v in read_factors(self.policy.model).items()}
+        tensors |= {f"reference/{k}": v for k, v in self.reference.state_dict().items()}
+        tensors |= {f"strategy/{k}": v for k, v in strategy.tensors.items()}
+        if distributed.is_main():
+            state = {
+                "task": self.position.task,
+                "phase": self.position.phase,
+                "steps": self.steps,
+                "scores": self.scores(),
+                "strategy": strategy.values,
+                "timing": dict(self.timing),
+                "metrics_bytes": self.tracker.position(),
+                "data": {task.name: task.data_hash for task in self.tasks},
+            }
+            number = self.position.task * len(PHASES) + PHASES.index(self.position.phase)
+            checkpoint.save(self.folder / "checkpoints", number, state, tensors, keep=self.config.checkpoint.keep)
+        distributed.barrier()
+
+    def _restore(self) -> None:
+        """Take up the newest checkpoint, where there is one."""
+        found = checkpoint.newest(self.folder / "checkpoints")
+        if found is None:
+            return
+        state, parts = found.state, _by_prefix(found.tensors)
+        self._check_data(state["data"])
+        self.position = Position(state["task"], state["phase"])
+        self.steps = state["steps"]
+        self.book = ScoreBook.from_json(state["scores"])
+        self.timing.update(state["timing"])
+        write_factors(self.policy.model, parts["adapter"], dict.fromkeys(parts["adapter"], 0))
+        self.reference.load_state_dict(parts["reference"])
+        self.strategy.load_state_dict(State(state["strategy"], parts["strategy"]))
+        self.tracker.rewind(state["metrics_bytes"])
+        log.info("resumed at task %d, %s", self.position.task + 1, self.position.phase)
+
+    def _check_data(self, before: dict[str, str]) -> None:
+        changed = [t.name for t in self.tasks if before.get(t.name) != t.data_hash]
+        if changed and self.config.resume.value != "force":
+            raise UserError(
+                f"{self.folder}: the rows of task '{changed[0]}' are not those that the interrupted run was trained on; "
+                "resume=force goes on all the same, resume=never starts over"
+            )
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timing[what] += time.perf_counter() - started
+
+
+def make_policy(config: Config, tasks: Sequence[Task]) -> Policy:
+    """Load the base, attach a fresh adapter, and choose how rows are laid out."""
+    base = load_base(config.model, deepspeed_config(config.zero))
+    model = attach_lora(base, config.model.lora, seed=config.seed)
+    policy = Policy(model)
+    longest = max(pair_row(pair).length for task in tasks for pair in [*task.train, *task.test])
+    with inference_engine(policy, config.zero) as module:
+        module.eval()
+        choose_layout(policy, config.model.row_layout, longest_row=longest, device=distributed.device())
+    if config.model.gradient_checkpointing:
+        enable_gradient_checkpointing(model, zero_stage=config.zero.stage)
+    return policy
+
+
+def check_batches(config: Config, tasks: Sequence[Task]) -> None:
+    """Raises UserError where batch sizes do not divide, or a task has fewer pairs than there are ranks."""
+    ranks = distributed.world_size()
+    for stage in ("sft", "preference"):
+        getattr(config, stage).accumulation(stage, ranks)
+    smallest = min(tasks, key=lambda task: len(task.train))
+    if len(smallest.train) < ranks:
+        raise UserError(
+            f"task '{smallest.name}' has {len(smallest.train)} training pairs for {ranks} ranks; use fewer ranks or more data"
+        )
+
+
+def _by_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        prefix, _, rest = name.partition("/")
+        parts[prefix][rest] = tensor
+    return parts

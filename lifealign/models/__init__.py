@@ -1,0 +1,1 @@
+"""The base model, its adapter, and log-probabilities under both."""

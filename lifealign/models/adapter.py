@@ -1,0 +1,75 @@
+"""The adapter as named factors: read and written whole, whatever ZeRO stage the model is under."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+
+from lifealign.models.policy import gathered
+from lifealign.runtime import distributed
+from lifealign.runtime.files import replace_folder
+
+
+def named_factors(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and parameter of every LoRA factor, in an order that all ranks share."""
+    return ((name, p) for name, p in model.named_parameters() if "lora_" in name)
+
+
+def factor_shapes(model: PeftModel) -> dict[str, torch.Size]:
+    """Whole shape of every factor; under ZeRO-3 the local tensor of a partitioned one is empty."""
+    return {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in named_factors(model)}
+
+
+def read_factors(model: PeftModel, names: Container[str] | None = None) -> dict[str, torch.Tensor]:
+    """Copies of whole factors on the CPU, float32. Call on every rank; each keeps those in ``names`` (None: all).
+
+    Factors are gathered one at a time, so that never more than one partitioned factor stands whole beside the copies.
+    """
+    copies = {}
+    for name, parameter in named_factors(model):
+        with gathered([parameter]):
+            if names is None or name in names:
+                copies[name] = parameter.detach().float().cpu().clone()
+    return copies
+
+
+def write_factors(model: PeftModel, values: Mapping[str, torch.Tensor], owners: Mapping[str, int]) -> None:
+    """Set the factors in ``owners`` on every rank to the value that the owning rank holds.
+
+    Args:
+        values: new values of the factors that this rank owns.
+        owners: rank of every factor to be set.
+    """
+    for name, parameter in named_factors(model):
+        if name not in owners:
+            continue
+        with gathered([parameter], modifier_rank=owners[name]), torch.no_grad():
+            if owners[name] == distributed.rank():
+                parameter.copy_(values[name])
+            distributed.broadcast(parameter.data, owners[name])
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter in PEFT's own layout, so that ``PeftModel.from_pretrained(base, folder)`` opens it.
+
+    Call on every rank; rank 0 writes. The folder is replaced as a whole: a reader sees the old adapter or the new one.
+    """
+    whole = read_factors(model)
+    if not distributed.is_main():
+        return
+    beside = folder.with_name(folder.name + ".partial")
+    beside.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(model, state_dict=dict(whole), save_embedding_layers=False)
+    save_file({k: v.contiguous() for k, v in state.items()}, beside / "adapter_model.safetensors", {"format": "pt"})
+    config = copy.deepcopy(model.peft_config[model.active_adapter])
+    config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)  # a set: its order would differ from run to run
+    config.save_pretrained(str(beside))
+    replace_folder(beside, folder)

@@ -1,0 +1,112 @@
+"""Load a base model and its tokenizer, and put a LoRA adapter on it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import HfDeepSpeedConfig
+
+from lifealign.assets import TINY_MODEL
+from lifealign.errors import UserError, did_you_mean
+from lifealign.models.options import LoraOptions, ModelOptions
+
+log = logging.getLogger(__name__)
+
+
+def resolve_path(options: ModelOptions) -> str:
+    """Where the base is loaded from: the bundled folder, a folder that exists, or a hub name."""
+    if options.path == "bundled":
+        return str(TINY_MODEL)
+    looks_local = options.path.startswith((".", "/", "~")) or options.path.count("/") > 1
+    path = Path(options.path).expanduser()
+    if path.is_dir() or not looks_local:
+        return str(path) if path.is_dir() else options.path
+    raise UserError(f"model.path={options.path}: no such folder")
+
+
+def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The base's own tokenizer.
+
+    Raises:
+        UserError: where it cannot be loaded, or lacks a chat template or an end-of-sequence token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_path(options))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.path={options.path}: no tokenizer could be loaded ({_first_line(error)})") from error
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"model.path={options.path}: its tokenizer has no chat template; use an instruction-tuned model, or save "
+            "the tokenizer with chat_template set"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.path={options.path}: its tokenizer has no end-of-sequence token; set eos_token and save it")
+    return tokenizer
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills the end of a line; never predicted and never seen, so the end-of-sequence token will do."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def load_base(options: ModelOptions, deepspeed_config: dict[str, Any]) -> PreTrainedModel:
+    """The frozen base. Under ZeRO-3 each weight is partitioned as it is read and never stands whole on every rank.
+
+    ``trust_remote_code`` stays off: a model that needs code of its own is refused.
+    """
+    # transformers looks for this object while it loads, and drops it again with the last reference.
+    zero3 = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config["zero_optimization"]["stage"] == 3 else None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve_path(options), dtype=getattr(torch, options.dtype.value), attn_implementation="sdpa"
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.path={options.path}: no causal language model could be loaded ({_first_line(error)})") from error
+    del zero3
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model
+
+
+def attach_lora(base: PreTrainedModel, options: LoraOptions, *, seed: int) -> PeftModel:
+    """Put a fresh float32 LoRA adapter on a base: A drawn from ``seed``, B zero, so that the policy starts as the base.
+
+    Raises:
+        UserError: where a target matches no module, or is the output head.
+    """
+    _check_targets(base, options.target_modules)
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=list(options.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(base, config, autocast_adapter_dtype=True)
+
+
+def _check_targets(base: PreTrainedModel, targets: list[str]) -> None:
+    linear = {name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    endings = {name.rsplit(".", 1)[-1] for name in linear}
+    head = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if module is base.get_output_embeddings()}
+    for target in targets:
+        if target in head:
+            raise UserError(f"model.lora.target_modules: '{target}' is the output head, which stays frozen; remove it")
+        if not any(name == target or name.endswith("." + target) for name in linear):
+            raise UserError(f"model.lora.target_modules: '{target}' matches no linear layer{did_you_mean(target, endings - head)}")
+
+
+def enable_gradient_checkpointing(model: PeftModel, *, zero_stage: int) -> None:
+    """Recompute activations in backward. ZeRO-3 gathers parameters in hooks that only the re-entrant form runs again."""
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": zero_stage == 3})
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,54 @@
+"""What a user may say about the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import List
+
+from omegaconf import MISSING
+
+from lifealign.errors import UserError
+
+
+class BaseDtype(Enum):
+    """Dtype of the frozen base; the adapter is float32 whatever this says."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class RowLayout(Enum):
+    """How a pair is laid out; see ``lifealign.data.batch``."""
+
+    auto = "auto"  # shared where the model's attention allows it, decided by a check on the loaded model
+    shared = "shared"
+    concatenated = "concatenated"
+
+
+@dataclass
+class LoraOptions:
+    """``model.lora.*``."""
+
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    target_modules: List[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise UserError(f"model.lora.r={self.r}: must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.lora.dropout={self.dropout}: must lie in [0, 1)")
+
+
+@dataclass
+class ModelOptions:
+    """``model.*``: the base, in which precision it is held, and what is trained on it."""
+
+    name: str = "custom"
+    path: str = MISSING  # folder, hub name, or "bundled" for the demonstration model shipped with the package
+    dtype: BaseDtype = BaseDtype.float32
+    row_layout: RowLayout = RowLayout.auto
+    gradient_checkpointing: bool = False  # recompute activations in backward: slower, and far less memory
+    lora: LoraOptions = field(default_factory=LoraOptions)

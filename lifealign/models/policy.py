@@ -1,0 +1,136 @@
+"""The policy: a causal language model with an adapter, as a function from batches to response log-probabilities."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+from peft import PeftModel
+from torch import nn
+
+from lifealign.data.batch import Batch, Row, collate
+from lifealign.errors import UserError
+from lifealign.kernels import sequence_logps
+from lifealign.models.options import RowLayout
+
+log = logging.getLogger(__name__)
+
+PARITY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
+"""Largest difference a token, in nats, between two ways to the same log-probability; a wrong mask is off by far more."""
+
+
+class Policy(nn.Module):
+    """Wraps a PEFT model so that one forward call yields log-probabilities and never a tensor of all logits.
+
+    The body runs on all positions; the output head on the positions that predict a response token. The head is read
+    as a weight, not called, so what a model does beside the matrix product (soft cap, scaling) is taken from its
+    configuration, and :func:`choose_layout` compares the outcome with the model's own logits before anything is trained.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        super().__init__()
+        self.model = model
+        self.shared_prefix = False  # set by choose_layout
+
+    @property
+    def base(self) -> nn.Module:
+        """The transformers model with LoRA layers in place."""
+        return self.model.get_base_model()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.get_input_embeddings().weight.dtype
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """(num_sequences,) float32 log-probability of each response, summed over its tokens."""
+        hidden = self.base.get_decoder()(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask(),
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        predicting = hidden.flatten(0, 1)[batch.predictors]
+        config, head = self.base.config.get_text_config(), self.base.get_output_embeddings()
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        with gathered([p for p in (head.weight, head.bias) if p is not None]):
+            return sequence_logps(
+                predicting if scale == 1 else predicting * scale,
+                head.weight,
+                batch.targets,
+                batch.sequence_ids,
+                batch.num_sequences,
+                bias=head.bias,
+                softcap=getattr(config, "final_logit_softcapping", None),
+            )
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Inside, the policy is the reference: the base alone."""
+        with self.model.disable_adapter():
+            yield
+
+
+def gathered(parameters: list[nn.Parameter], *, modifier_rank: int | None = None) -> Any:
+    """Context in which parameters stand whole on every rank; changes that ``modifier_rank`` makes are kept.
+
+    Parameters that are not partitioned (every stage but ZeRO-3) are left as they are.
+    """
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modifier_rank) if partitioned else nullcontext()
+
+
+def choose_layout(policy: Policy, wanted: RowLayout, *, longest_row: int, device: torch.device) -> None:
+    """Decide whether pairs share a row, and prove on the loaded model that log-probabilities come out right.
+
+    Must run on every rank, with the adapter still zero. Raises UserError where the fast head disagrees with the model's
+    own logits, or where ``shared`` was asked for and the model's attention does not honour the mask.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocab = policy.base.config.get_text_config().vocab_size
+    draw = lambda n: torch.randint(vocab, (n,), generator=generator).tolist()  # noqa: E731
+    rows = [Row(draw(7), [draw(5), draw(9)]), Row(draw(3), [draw(11), draw(2)])]
+    tokens = torch.tensor([5.0, 9, 11, 2])
+    tolerance = PARITY_TOLERANCE[policy.dtype]
+    apart = collate(rows, shared_prefix=False, pad_token_id=0).to(device)
+    with torch.no_grad():
+        expected = _logps_from_logits(policy, apart).cpu()
+        off = ((policy(apart).cpu() - expected).abs() / tokens).max()
+        if not off < tolerance:
+            raise UserError(
+                f"model.path: the output head of {type(policy.base).__name__} is not a plain linear map; "
+                f"log-probabilities are off by {off:.2g} a token, so this architecture is not supported"
+            )
+        if wanted is RowLayout.concatenated:
+            return
+        together = collate(rows, shared_prefix=True, pad_token_id=0).to(device)
+        off = ((policy(together).cpu() - expected).abs() / tokens).max()
+    problem = _attention_window_problem(policy, longest_row)
+    if not off < tolerance:
+        problem = f"log-probabilities under the shared-prefix mask are off by {off:.2g} a token"
+    if problem and wanted is RowLayout.shared:
+        raise UserError(f"model.row_layout=shared: {problem}; use model.row_layout=concatenated")
+    if problem:
+        log.warning("pairs take the concatenated path: %s", problem)
+    policy.shared_prefix = problem is None
+
+
+def _attention_window_problem(policy: Policy, longest_row: int) -> str | None:
+    """A sliding window counts positions along the row, and so would cut a response off from its prompt."""
+    config = policy.base.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None)
+    used = "sliding_attention" in layers if layers else getattr(config, "use_sliding_window", True)
+    if window and used and window < longest_row:
+        return f"the attention window of {window} tokens is shorter than the longest row, {longest_row}"
+    return None
+
+
+def _logps_from_logits(policy: Policy, batch: Batch) -> torch.Tensor:
+    """The same log-probabilities from the model's own logits; (num_sequences,)."""
+    logits = policy.base(input_ids=batch.input_ids, use_cache=False).logits.float().flatten(0, 1)[batch.predictors]
+    token_logps = logits.log_softmax(-1).gather(-1, batch.targets[:, None]).squeeze(-1)
+    return token_logps.new_zeros(batch.num_sequences).index_add_(0, batch.sequence_ids, token_logps)

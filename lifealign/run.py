@@ -1,0 +1,169 @@
+"""One run from its configuration to its closing table: the run directory, logging, tracking, the task loop, the report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from lifealign.config import Config, build, differences, resolved, run_name
+from lifealign.errors import UserError
+from lifealign.evaluation.report import Sample, write_report
+from lifealign.evaluation.scores import closing_table
+from lifealign.lifelong import Lifelong
+from lifealign.memory.bank import read_ledger
+from lifealign.runtime import checkpoint, distributed
+from lifealign.runtime.files import read_json_lines, write_text
+from lifealign.runtime.options import Resume
+from lifealign.runtime.terminal import console, log_file
+from lifealign.runtime.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+def train(composed: DictConfig) -> None:
+    """Run, or go on with, the run that a configuration describes; every rank calls this."""
+    started = time.perf_counter()
+    config = build(composed)
+    distributed.start()
+    settings = resolved(composed)
+    folder = open_run_directory(composed, config, settings)
+    with log_file(folder), Tracker(config.tracking, folder, settings) as tracker:
+        lifelong = Lifelong(config, folder, tracker)
+        log_data(lifelong)
+        lifelong.run()
+        lifelong.timing["total"] += time.perf_counter() - started
+        if distributed.is_main():
+            report(lifelong, settings)
+            console.print(closing_table(lifelong.book))
+            console.print(f"{folder}: adapter/, scores.json, report/index.html")
+
+
+def open_run_directory(composed: DictConfig, config: Config, settings: Mapping[str, Any]) -> Path:
+    """Find or make the run directory, on rank 0 for all ranks, and write ``config.yaml`` into it.
+
+    Raises:
+        UserError: on every rank, where the directory holds a run with other settings.
+    """
+    outcome: Path | UserError | None = None
+    if distributed.is_main():
+        try:
+            outcome = _prepare_directory(_wanted_directory(composed, config), config, settings)
+        except (UserError, OSError) as error:
+            outcome = UserError(str(error))
+    outcome = distributed.broadcast_object(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    assert outcome is not None
+    return outcome
+
+
+def _wanted_directory(composed: DictConfig, config: Config) -> Path:
+    if config.run.dir is not None and HydraConfig.get().mode is not RunMode.MULTIRUN:
+        return Path(config.run.dir)
+    sweeping = HydraConfig.get().mode is RunMode.MULTIRUN
+    parent = Path(HydraConfig.get().sweep.dir) if sweeping else Path("runs")
+    return parent / (config.run.name or run_name(composed))
+
+
+def _prepare_directory(folder: Path, config: Config, settings: Mapping[str, Any]) -> Path:
+    held = folder / "config.yaml"
+    if held.exists() and config.resume is Resume.never:
+        if config.run.dir is not None:
+            raise UserError(f"run.dir={folder} holds a run already; name another run.dir, or leave out resume=never")
+        folder = _next_free(folder)
+        held = folder / "config.yaml"
+    elif held.exists() and checkpoint.newest_folder(folder / "checkpoints") is not None:
+        changed = differences(yaml.safe_load(held.read_text()), dict(settings))
+        if changed and config.resume is not Resume.force:
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise UserError(
+                f"{folder} holds a run with another {changed[0]}{more}; resume=force goes on with the new setting, "
+                "another run.dir starts anew"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(held, yaml.safe_dump(dict(settings), sort_keys=False))
+    return folder
+
+
+def _next_free(folder: Path) -> Path:
+    """``folder-2``, ``folder-3``, ...: the first that does not exist."""
+    number = 2
+    while (candidate := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return candidate
+
+
+def log_data(lifelong: Lifelong) -> None:
+    for task in lifelong.tasks:
+        dropped = ", ".join(f"{count} {reason}" for reason, count in task.dropped.items() if count) or "none"
+        log.info("%s: %d training, %d held-out pairs; dropped: %s", task.name, len(task.train), len(task.test), dropped)
+
+
+def report(lifelong: Lifelong, settings: Mapping[str, Any]) -> None:
+    """Write ``report/`` from what the run left on disk."""
+    write_report(
+        lifelong.folder / "report",
+        lifelong.book,
+        domains={task.name: task.domain for task in lifelong.tasks},
+        config_yaml=yaml.safe_dump(dict(settings), sort_keys=False),
+        timing=dict(lifelong.timing),
+        samples=samples(lifelong.folder),
+        consolidation=consolidation_summary(lifelong.folder),
+        versions=versions(),
+    )
+
+
+def samples(folder: Path, per_task: int = 2) -> list[Sample]:
+    """A few generations of each task: after its own training, and after all of it."""
+    answers: dict[tuple[str, str], list[Sample]] = defaultdict(list)
+    order: list[str] = []
+    for left in sorted((folder / "tasks").iterdir()):
+        after = left.name.split("_", 1)[1]
+        order.append(after)
+        for row in read_json_lines(left / "predictions.jsonl"):
+            if "prediction" in row and len(answers[row["task"], after]) < per_task:
+                answers[row["task"], after].append(
+                    Sample(row["task"], after, row["prompt"], row["prediction"], row["chosen"])
+                )
+    return [s for task in order for after in dict.fromkeys([task, order[-1]]) for s in answers[task, after]]
+
+
+def consolidation_summary(folder: Path) -> list[dict[str, Any]]:
+    """Means over factors of every entry of the long-term memory; empty where the strategy keeps none."""
+    rows = []
+    for entry in read_ledger(folder / "memory"):
+        factors = entry["factors"]
+        mean = lambda key: sum(f[key] for f in factors) / len(factors)  # noqa: B023, E731
+        rows.append(
+            {
+                "task": entry["task"],
+                "stage": entry["stage"],
+                "factors": len(factors),
+                "kept rank": mean("kept_rank"),
+                "kept energy": mean("kept_energy"),
+                "share in the span of history": mean("history_share"),
+                "refined norm / update norm": _ratio(mean("refined_norm"), mean("update_norm")),
+            }
+        )
+    return rows
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that results depend on."""
+    names: Sequence[str] = ("lifealign", "torch", "deepspeed", "transformers", "peft", "datasets")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}

@@ -1,0 +1,114 @@
+"""The process group: who is here, and the few exchanges that the framework needs.
+
+Every launcher is accepted: ``deepspeed``, ``torchrun`` and plain ``python`` (a group of one).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(minutes=30)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """This rank's accelerator, or the CPU."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def start() -> None:
+    """Join the process group; does nothing when this process has joined already (the later jobs of a sweep)."""
+    if dist.is_initialized():
+        return
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    elif "OMP_NUM_THREADS" not in os.environ:
+        local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, **_rendezvous())
+
+
+def _rendezvous() -> dict[str, Any]:
+    """How the ranks find each other.
+
+    The deepspeed launcher hands the same port to every launch, so two launches on one machine would meet in one group.
+    On a single node the ranks need no port: they are children of one launcher, and meet in a file named after it.
+    """
+    here = {"rank": rank(), "world_size": world_size(), "timeout": TIMEOUT}
+    if world_size() == 1:
+        return {"store": dist.HashStore(), **here}
+    launched_by_deepspeed = "CROSS_SIZE" in os.environ
+    if launched_by_deepspeed and os.environ["CROSS_SIZE"] == "1":
+        launcher = psutil.Process(os.getppid())
+        name = f"lifealign-{launcher.pid}-{launcher.create_time():.2f}.store"
+        return {"store": dist.FileStore(str(Path(tempfile.gettempdir()) / name), world_size()), **here}
+    return {"init_method": "env://", "timeout": TIMEOUT}
+
+
+def stop() -> None:
+    """Leave the process group, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def broadcast(tensor: torch.Tensor, source: int) -> None:
+    """Set a tensor, in place, to what rank ``source`` holds."""
+    if world_size() > 1:
+        dist.broadcast(tensor, source)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor over ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values

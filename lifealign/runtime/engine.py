@@ -1,0 +1,89 @@
+"""The DeepSpeed engine: one for each training stage, and one to run a partitioned model without training it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Dict
+
+import deepspeed
+import torch
+from torch import nn
+
+from lifealign.errors import UserError
+from lifealign.runtime import distributed
+
+
+if not torch.cuda.is_available():
+    # DeepSpeed would compile a shared-memory all-reduce for CPU ranks on first use: a minute, and a compiler that the
+    # machine may not have, for messages that gloo carries as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@dataclass
+class ZeroOptions:
+    """``zero.*``: how optimiser state, gradients and weights are partitioned over ranks."""
+
+    stage: int = 0
+    settings: Dict[str, Any] = field(default_factory=dict)  # further keys of DeepSpeed's zero_optimization section
+
+    def __post_init__(self) -> None:
+        if self.stage not in (0, 1, 2, 3):
+            raise UserError(f"zero.stage={self.stage}: must be 0, 1, 2 or 3")
+        if "stage" in self.settings:
+            raise UserError("zero.settings.stage: set zero.stage instead")
+
+
+def deepspeed_config(
+    zero: ZeroOptions, *, micro_batch_size: int = 1, accumulation: int = 1, max_grad_norm: float = 0.0
+) -> dict[str, Any]:
+    """DeepSpeed's configuration. No bf16 section: the base has its own dtype and the adapter is float32."""
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": {"stage": zero.stage, **zero.settings},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+@contextmanager
+def training_engine(
+    module: nn.Module,
+    config: dict[str, Any],
+    make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    make_schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
+) -> Iterator[deepspeed.DeepSpeedEngine]:
+    """A fresh engine, optimiser and schedule around the trainable parameters; torn down on leaving."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=trainable,
+        optimizer=make_optimizer(trainable),
+        lr_scheduler=make_schedule,
+        config=config,
+        dist_init_required=False,
+    )
+    try:
+        yield engine
+    finally:
+        engine.destroy()
+
+
+@contextmanager
+def inference_engine(module: nn.Module, zero: ZeroOptions) -> Iterator[nn.Module]:
+    """Something to call the module through when it is not being trained.
+
+    A whole module is called as it is. One that ZeRO-3 has partitioned needs DeepSpeed's hooks to gather its weights.
+    """
+    if zero.stage < 3:
+        module.to(distributed.device())
+        yield module
+        return
+    engine, *_ = deepspeed.initialize(model=module, config=deepspeed_config(zero), dist_init_required=False)
+    try:
+        yield engine
+    finally:
+        engine.destroy()

@@ -1,0 +1,58 @@
+"""What a user may say about running: where a run lives, how it is tracked and kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Optional
+
+from lifealign.errors import UserError
+
+
+class Resume(Enum):
+    """What to do with a run directory that holds an interrupted run."""
+
+    auto = "auto"  # continue it
+    never = "never"  # start over in a directory of its own
+    force = "force"  # continue it even though settings that matter have changed
+
+
+class TrackingMode(Enum):
+    """wandb's modes."""
+
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+@dataclass
+class RunOptions:
+    """``run.*``."""
+
+    name: Optional[str] = None  # None: made of sequence, strategy, objective, seed and a hash of the settings
+    dir: Optional[str] = None  # None: runs/NAME, or NAME under hydra.sweep.dir in a sweep
+
+
+@dataclass
+class CheckpointOptions:
+    """``checkpoint.*``."""
+
+    keep: int = 2  # how many of the newest checkpoints stay on disk
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise UserError(f"checkpoint.keep={self.keep}: must be at least 1")
+
+
+@dataclass
+class TrackingOptions:
+    """``tracking.*``: wandb, and how often a step is logged."""
+
+    mode: TrackingMode = TrackingMode.offline
+    project: str = "lifealign"
+    group: Optional[str] = None
+    log_every: int = 1  # steps between logged lines
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1:
+            raise UserError(f"tracking.log_every={self.log_every}: must be at least 1")

@@ -1,0 +1,70 @@
+"""The sequences and data presets compose against the schema."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+from lifealign.data.options import Columns, DataOptions, HubSource, SequenceOptions, TaskSource
+
+CONF = Path(__file__).parents[1] / "conf"
+TASKS = ["instruct", "hc3", "hh_harmless", "hh_helpful", "safe_rlhf", "truthfulqa"]
+
+
+@dataclass
+class _Root:
+    sequence: SequenceOptions = MISSING
+    data: DataOptions = field(default_factory=DataOptions)
+
+
+def composed(*overrides: str) -> _Root:
+    ConfigStore.instance().store(name="test_data_root", node=_Root)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("test_data_root", overrides=list(overrides))
+    return OmegaConf.to_object(config)  # type: ignore[return-value]  # raises where a mandatory value is missing
+
+
+@pytest.mark.parametrize(
+    "name, order",
+    [
+        ("six_domains", [1, 2, 3, 4, 5, 6]),
+        ("six_domains_reversed", [6, 5, 4, 3, 2, 1]),
+        ("six_domains_3_1_6_4_2_5", [3, 1, 6, 4, 2, 5]),
+    ],
+)
+def test_sequences(name: str, order: list[int]) -> None:
+    sequence = composed(f"+sequence={name}").sequence
+    assert (sequence.name, sequence.tasks) == (name, [TASKS[n - 1] for n in order])
+    assert sorted(sequence.sources) == sorted(TASKS)
+    assert all(source.hub and source.hub.path and source.domain for source in sequence.sources.values())
+
+
+def test_a_part_of_a_sequence() -> None:
+    assert composed("+sequence=six_domains", "sequence.tasks=[hc3]").sequence.tasks == ["hc3"]
+
+
+def test_data_presets() -> None:
+    assert composed("+sequence=six_domains", "+data=bundled").data == DataOptions()
+    assert composed("+sequence=six_domains", "+data=hub").data == DataOptions(hub=True)
+
+
+def test_example_of_the_docs() -> None:
+    text = (CONF.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    sequence = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SequenceOptions), OmegaConf.create(example)))
+    assert sequence == SequenceOptions(
+        name="my_tasks",
+        tasks=["support", "jokes"],
+        sources={
+            "support": TaskSource(
+                "polite support", Columns(prompt="ticket", chosen="good_reply", rejected="bad_reply")
+            ),
+            "jokes": TaskSource("humour", hub=HubSource("me/jokes", eval_split=None)),
+        },
+    )

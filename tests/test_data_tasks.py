@@ -1,0 +1,261 @@
+"""From folders and options to token ids, with a tokenizer small enough to work its ids out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lifealign.data.options import Columns, DataOptions, HubSource, SequenceOptions, TaskSource
+from lifealign.data.tasks import Task, load_tasks
+from lifealign.data.tokenize import PairTokenizer
+from lifealign.errors import UserError
+
+WORDS = [
+    "[UNK]",
+    "<eos>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "system",
+    "user",
+    "assistant",
+    "the",
+    "sky",
+    "is",
+    "blue",
+    "black",
+    "very",
+    ".",
+    "a",
+    "b",
+]
+ID = {word: number for number, word in enumerate(WORDS)}
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PLAIN = (
+    "{% for m in messages %}{{ m.role }} . {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant . {% endif %}"
+)
+
+
+def ids(text: str) -> list[int]:
+    return [ID[word] for word in text.split()]
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One id a word; ChatML template."""
+    words = Tokenizer(models.WordLevel(ID, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        unk_token="[UNK]",
+        eos_token="<eos>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    made.chat_template = CHATML
+    return made
+
+
+def write(root: Path, task: str, rows: list[dict[str, Any]], *splits: str) -> None:
+    (root / task).mkdir(parents=True, exist_ok=True)
+    for split in splits or ("train", "test"):
+        (root / task / f"{split}.json").write_text(json.dumps(rows))
+
+
+def sequence(*tasks: str, **sources: TaskSource) -> SequenceOptions:
+    return SequenceOptions(name="s", tasks=list(tasks), sources=sources)
+
+
+def load(root: Path, tokenizer: Any, rows: list[dict[str, Any]], **options: Any) -> Task:
+    write(root, "sky", rows)
+    (task,) = load_tasks(sequence("sky"), DataOptions(root=str(root), **options), tokenizer, root / "unused")
+    return task
+
+
+def row(prompt: str = "the sky is", chosen: str = "blue", rejected: str = "black") -> dict[str, Any]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def test_ids_of_a_pair(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The template's text, split at the end of the generation prompt, without the newline after the end of turn."""
+    (pair,) = load(tmp_path, tokenizer, [row()]).train
+    assert pair.id == "sky/train/0"
+    assert pair.prompt == ids("<|im_start|> user the sky is <|im_end|> <|im_start|> assistant")
+    assert pair.chosen == ids("blue <|im_end|>")
+    assert pair.rejected == ids("black <|im_end|>")
+    assert (pair.prompt_text, pair.chosen_text, pair.rejected_text) == ("the sky is", "blue", "black")
+
+
+def test_trl_forms_give_identical_ids(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    turn = {"role": "user", "content": "the sky is"}
+    answers = [{"role": "assistant", "content": word} for word in ("blue .", "black .")]
+    forms = [
+        {"prompt": "the sky is", "chosen": " blue .", "rejected": " black ."},
+        {"chosen": "the sky is blue .", "rejected": "the sky is black ."},
+        {"prompt": [turn], "chosen": [answers[0]], "rejected": [answers[1]]},
+        {"chosen": [turn, answers[0]], "rejected": [turn, answers[1]]},
+    ]
+    pairs = load(tmp_path, tokenizer, forms).train
+    assert {(tuple(p.prompt), tuple(p.chosen), tuple(p.rejected)) for p in pairs} == {
+        (tuple(pairs[0].prompt), tuple(ids("blue . <|im_end|>")), tuple(ids("black . <|im_end|>")))
+    }
+
+
+def test_several_turns_are_readable(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (pair,) = load(tmp_path, tokenizer, [row("Human: a\nAssistant: b\nHuman: the sky")]).train
+    assert pair.prompt == ids(
+        "<|im_start|> user a <|im_end|> <|im_start|> assistant b <|im_end|> "
+        "<|im_start|> user the sky <|im_end|> <|im_start|> assistant"
+    )
+    assert pair.prompt_text == "user: a\nassistant: b\nuser: the sky"
+
+
+def test_truncation_keeps_the_end_of_the_prompt_and_the_end_token(tmp_path: Path, tokenizer: Any) -> None:
+    """Prompt of 8 ids: the last 5. Responses of 5 and 2 ids, at most 3: two words and the end; untouched."""
+    (pair,) = load(
+        tmp_path, tokenizer, [row(chosen="very very blue .")], max_prompt_tokens=5, max_response_tokens=3
+    ).train
+    assert pair.prompt == ids("sky is <|im_end|> <|im_start|> assistant")
+    assert pair.chosen == ids("very very <|im_end|>")
+    assert pair.rejected == ids("black <|im_end|>")
+    assert pair.chosen_text == "very very blue ."
+
+
+def test_pairs_that_truncation_spoils_are_dropped_and_counted(tmp_path: Path, tokenizer: Any) -> None:
+    """Row 0 is equal in its first two words; row 2's zero-width space strips to no token at all."""
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    rows = [row(chosen="very very blue", rejected="very very black"), row(), row(chosen="\u200b")]
+    task = load(tmp_path, tokenizer, rows, max_response_tokens=3)
+    assert [pair.id for pair in task.train] == ["sky/train/1"]
+    assert task.dropped == {
+        "chosen equals rejected": 0,
+        "empty response": 0,  # of both files, which are the same here
+        "response cut to nothing": 2,
+        "equal after truncation": 2,
+    }
+    with pytest.raises(UserError, match=r"no pair is left after truncation \(equal after truncation: 1\)"):
+        load(tmp_path, tokenizer, rows[:1], max_response_tokens=3)
+
+
+def test_eos_is_added_where_the_template_ends_without_one(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = PLAIN
+    (pair,) = load(tmp_path, tokenizer, [row()]).train
+    assert (pair.prompt, pair.chosen) == (ids("user . the sky is assistant ."), ids("blue <eos>"))
+    (pair,) = load(tmp_path, tokenizer, [row(chosen="unheard")]).train
+    assert pair.chosen == ids("[UNK] <eos>")  # an unknown word is a special token, but no end
+
+
+def test_limits_take_the_first_usable_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Rows 0 (equal) and 2 (equal once cut) are not usable; limits look past them, and later rows are still checked."""
+    same = row(chosen="very very blue", rejected="very very black")
+    rows = [row(rejected="blue"), row(), same, row(), row(), row()]
+    task = load(tmp_path, tokenizer, rows, max_train=2, max_eval=3, max_response_tokens=3)
+    assert [pair.id for pair in task.train] == ["sky/train/1", "sky/train/3"]
+    assert [pair.id for pair in task.test] == ["sky/test/1", "sky/test/3", "sky/test/4"]
+    with pytest.raises(UserError, match=r"train.json, row 7: column 'chosen' is missing"):
+        load(tmp_path, tokenizer, [*rows, {"prompt": "a", "rejected": "b"}], max_train=2)
+
+
+def test_hash_follows_the_rows_in_use(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    def hash_of(rows: list[dict[str, Any]], **options: Any) -> str:
+        return load(tmp_path, tokenizer, rows, **options).data_hash
+
+    rows = [row(), row(chosen="very blue")]
+    assert hash_of(rows) == hash_of([{**rows[0], "note": 1}, rows[1]])
+    assert len({hash_of(rows), hash_of(rows[::-1]), hash_of(rows[:1]), hash_of(rows, max_eval=1)}) == 4
+    assert hash_of(rows, max_train=1, max_eval=1) == hash_of(rows[:1])
+
+
+def test_tasks_come_in_the_order_of_the_sequence_with_their_domains(tmp_path: Path, tokenizer: Any) -> None:
+    write(tmp_path, "x", [row()])
+    write(tmp_path, "y", [{"q": "a", "good": "a", "bad": "b"}], "train", "dev")
+    options = sequence(
+        "y", "x", y=TaskSource(domain="letters", columns=Columns(prompt="q", chosen="good", rejected="bad"))
+    )
+    for given in (options, OmegaConf.structured(options)):
+        tasks = load_tasks(given, DataOptions(), tokenizer, bundled_root=tmp_path)
+        assert [(t.name, t.domain, t.test[0].id) for t in tasks] == [
+            ("y", "letters", "y/dev/0"),
+            ("x", "x", "x/test/0"),
+        ]
+
+
+def test_rows_from_the_hub_use_its_columns(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write(tmp_path, "set", [{"q": "the sky", "good": ["", "blue"], "bad": ["black", "a"]}])
+    hub = HubSource(path=str(tmp_path / "set"), columns=Columns("q", "good", "bad", join_rejected=" . "))
+    options = OmegaConf.structured(sequence("sky", sky=TaskSource(hub=hub)))
+    (task,) = load_tasks(options, DataOptions(hub=True), tokenizer, tmp_path)
+    assert (task.train[0].chosen_text, task.test[0].rejected_text) == ("blue", "black . a")
+
+
+@pytest.mark.parametrize(
+    "tasks, options, message",
+    [
+        ([], {}, "sequence.tasks is empty"),
+        (["sky", "sky"], {}, "sequence.tasks names 'sky' twice"),
+        (["skye"], {}, "sequence.tasks: unknown task 'skye'; did you mean 'sky'?"),
+        (["sky"], {"hub": True, "root": None}, "sequence.sources.sky.hub names no data set"),
+        (["sky"], {"hub": True}, "exclude each other"),
+        (["sky"], {"max_train": 0}, "data.max_train=0 must be at least 1"),
+        (["sky"], {"max_response_tokens": 1}, "data.max_response_tokens=1 must be at least 2"),
+        (["sea"], {}, "for task 'sea'"),
+        (
+            ["one_sided"],
+            {},
+            "sequence.sources.one_sided: columns.responses (two columns) and columns.preferred go together",
+        ),
+    ],
+)
+def test_mistakes_in_options_are_one_line(
+    tmp_path: Path, tokenizer: Any, tasks: list[str], options: dict[str, Any], message: str
+) -> None:
+    write(tmp_path, "sky", [row()])
+    write(tmp_path, "one_sided", [row()])
+    given = sequence(
+        *tasks, sky=TaskSource(), sea=TaskSource(), one_sided=TaskSource(columns=Columns(responses=["a", "b"]))
+    )
+    with pytest.raises(UserError) as caught:
+        load_tasks(given, DataOptions(**{"root": str(tmp_path), **options}), tokenizer, tmp_path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_relative_roots_start_at_the_current_directory(tmp_path: Path, tokenizer: Any, monkeypatch: Any) -> None:
+    write(tmp_path / "rows", "sky", [row()])
+    monkeypatch.chdir(tmp_path)
+    assert load_tasks(sequence("sky"), DataOptions(root="rows"), tokenizer, tmp_path)[0].train
+
+
+def test_template_that_refuses_a_row(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('No system\nrole!') }}{% endif %}" + CHATML
+    )
+    turns = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    with pytest.raises(UserError, match=r"^row sky/train/1: .* refuses its turns \(system, user\): No system role!;"):
+        load(tmp_path, tokenizer, [row(), {**row(), "prompt": turns}])
+
+
+def test_tokenizers_that_cannot_do(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}now:{% endif %}"
+    )
+    with pytest.raises(UserError, match=r"does not begin a finished conversation with its own generation prompt"):
+        load(tmp_path, tokenizer, [row()])
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match=r"has no chat template; use an instruct model, or set tokenizer.chat_template"):
+        PairTokenizer(tokenizer, 8, 8)
+    tokenizer.chat_template, tokenizer.eos_token = CHATML, None
+    with pytest.raises(UserError, match=r"has no eos token"):
+        PairTokenizer(tokenizer, 8, 8)
