@@ -1,11 +1,11 @@
 """Train: ``deepspeed launch/train.py +sequence=six_domains [overrides]``, or under ``torchrun`` or plain ``python``."""
 
-from lifealign.runtime.environment import prepare_process
+from lifealign.environment import prepare_process
 
 prepare_process()
 
-from lifealign.command import run_command  # noqa: E402
+from lifealign.command import hydra_command  # noqa: E402
 from lifealign.run import train  # noqa: E402
 
 if __name__ == "__main__":
-    run_command(train)
+    hydra_command(train)

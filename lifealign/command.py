@@ -5,25 +5,31 @@ Exit 0: the work was done. 2: a user's mistake, told in one line on standard err
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import lifealign.conf
 from lifealign.config import Config
-from lifealign.errors import UserError, did_you_mean
+from lifealign.errors import TrainingDiverged, UserError, did_you_mean
 from lifealign.runtime import distributed
 
+KNOWN = (UserError, TrainingDiverged, HydraException, OmegaConfBaseException)
+"""What is told in one line."""
+
 GRACE_SECONDS = 10.0
-"""How long other ranks wait for rank 0 to tell the user what is wrong, before they exit and the launcher ends everything."""
+"""How long other ranks leave rank 0 to tell the user what is wrong: a launcher ends all ranks when the first one exits."""
 
 
 def conf_dir() -> Path:
@@ -31,30 +37,49 @@ def conf_dir() -> Path:
     return Path(lifealign.conf.__file__).parent
 
 
-def run_command(task: Callable[[DictConfig], object]) -> None:
-    """Compose the configuration from ``sys.argv`` and call ``task`` with it, once, or once a job of a sweep. Exits."""
-    try:
+def hydra_command(task: Callable[[DictConfig], object]) -> None:
+    """Compose the configuration from ``sys.argv`` and call ``task`` with it, once, or once a job of a sweep.
+
+    A job of a sweep that fails by a known mistake leaves the jobs after it to run; the exit code tells of it.
+    """
+    with exit_codes() as failures:
         sys.argv = [sys.argv[0], *prepare_arguments(sys.argv[1:])]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as they are
 
-        def checked(composed: DictConfig) -> object:
-            check_keys(composed)
-            return task(composed)
+        def job(composed: DictConfig) -> None:
+            try:
+                check_keys(composed)
+                task(composed)
+            except KNOWN as error:  # kept from Hydra, which would print more than a line and end the sweep
+                failures.append(error)
+                _print_error(error)
 
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(checked)()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        _tell(one_line(error))
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+
+
+@contextmanager
+def exit_codes() -> Iterator[list[Exception]]:
+    """Inside, known mistakes are told in one line; on leaving, the process exits with the code they ask for, if any.
+
+    Yields a list to which failures that have been told already are added.
+    """
+    failures: list[Exception] = []
+    try:
+        yield failures
+    except KNOWN as error:
+        failures.append(error)
+        _print_error(error)
     finally:
         distributed.stop()
+    if failures:
+        if not distributed.is_main():
+            time.sleep(GRACE_SECONDS)
+        sys.exit(1 if any(isinstance(failure, TrainingDiverged) for failure in failures) else 2)
 
 
-def _tell(message: str) -> None:
-    """Rank 0 speaks; the others give it time to, since a launcher kills all ranks when the first of them exits."""
+def _print_error(error: Exception) -> None:
     if distributed.is_main():
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(GRACE_SECONDS)
-    sys.exit(2)
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
 
 
 def prepare_arguments(arguments: Iterable[str]) -> list[str]:
@@ -62,25 +87,37 @@ def prepare_arguments(arguments: Iterable[str]) -> list[str]:
 
     - launchers add ``--local_rank=N``, ``--local-rank=N`` or either with the number apart;
     - ``sequence`` is not in the defaults list, the other groups are: users need not know which takes a ``+``;
+    - ``zero=2`` would reach Hydra as a number, and presets have names;
     - what Hydra itself writes, ranks other than 0 write to a folder that nobody reads.
     """
-    prepared: list[str] = []
+    prepared = [_group_override(argument) for argument in without_local_rank(arguments)]
+    if not distributed.is_main():
+        nowhere = Path(tempfile.gettempdir()) / f"lifealign-rank-{os.getpid()}"
+        prepared += [f"hydra.run.dir={nowhere}", f"hydra.sweep.dir={nowhere}"]
+    return prepared
+
+
+def without_local_rank(arguments: Iterable[str]) -> list[str]:
+    """Arguments without what a launcher adds; the rank it names goes where everybody looks for it."""
+    kept = []
     rest = iter(arguments)
     for argument in rest:
         if argument in ("--local_rank", "--local-rank"):
             os.environ.setdefault("LOCAL_RANK", next(rest, "0"))
         elif argument.startswith(("--local_rank=", "--local-rank=")):
             os.environ.setdefault("LOCAL_RANK", argument.split("=", 1)[1])
-        elif argument.startswith("sequence="):
-            prepared.append("+" + argument)
-        elif argument.startswith("+") and argument[1:].split("=")[0] in group_names() - {"sequence"}:
-            prepared.append(argument[1:])
         else:
-            prepared.append(argument)
-    if not distributed.is_main():
-        nowhere = Path(tempfile.gettempdir()) / f"lifealign-rank-{os.getpid()}"
-        prepared += [f"hydra.run.dir={nowhere}", f"hydra.sweep.dir={nowhere}"]
-    return prepared
+            kept.append(argument)
+    return kept
+
+
+def _group_override(argument: str) -> str:
+    """The one spelling of a group's override that Hydra takes; other arguments come back as they are."""
+    group, is_override, names = argument.removeprefix("+").partition("=")
+    if not is_override or group not in group_names():
+        return argument
+    quoted = ",".join(f"'{name}'" if name.isdigit() else name for name in names.split(","))
+    return f"{'+' if group == 'sequence' else ''}{group}={quoted}"
 
 
 def group_names() -> set[str]:
@@ -93,18 +130,27 @@ def check_keys(composed: DictConfig) -> None:
     Raises:
         UserError: naming a key that no part of the program reads, or the sequence that is missing.
     """
-    known = {f for f in Config.__dataclass_fields__}
-    for key in composed:
-        if key not in known:
-            raise UserError(f"'{key}' is no key of the configuration{did_you_mean(str(key), known | group_names())}")
+    for key in _undeclared(composed):
+        raise UserError(f"'{key}' is no key of the configuration{did_you_mean(key, all_keys() | group_names())}")
     if OmegaConf.is_missing(composed, "sequence"):
         sequences = sorted(p.stem for p in (conf_dir() / "sequence").glob("*.yaml"))
         raise UserError(f"no sequence of tasks was chosen; add +sequence=NAME; known: {', '.join(sequences)}")
 
 
+def _undeclared(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted keys that stand in a node and not in its schema; a mapping without a schema may hold any."""
+    schema = OmegaConf.get_type(node)
+    for key in node:
+        if dataclasses.is_dataclass(schema) and key not in schema.__dataclass_fields__:
+            yield f"{prefix}{key}"
+        value = node._get_node(key)
+        if isinstance(value, DictConfig) and not (value._is_missing() or value._is_none()):
+            yield from _undeclared(value, f"{prefix}{key}.")
+
+
 def one_line(error: Exception) -> str:
     """What is wrong, where, and the nearest thing that would be right, in one line."""
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, TrainingDiverged)):
         return str(error)
     cause: BaseException = error
     while isinstance(cause, HydraException) and cause.__cause__ is not None:
@@ -113,9 +159,9 @@ def one_line(error: Exception) -> str:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         hint = did_you_mean(name, error.options or [])
         return f"{group}={name}: there is no such preset{hint}" if group else f"no configuration named '{name}'{hint}"
-    first = str(error).strip().splitlines()[0].rstrip(".")
     if isinstance(error, OverrideParseException):
-        return f"the override {error.override!r} cannot be read: {first}"
+        return f"the override {error.override!r} cannot be read; overrides are key=value, with Hydra's quoting"
+    first = str(error).strip().splitlines()[0].rstrip(".")
     if isinstance(error, ConfigCompositionException) or isinstance(cause, OmegaConfBaseException):
         return _composition_line(error, cause, first)
     return first
@@ -124,6 +170,8 @@ def one_line(error: Exception) -> str:
 def _composition_line(error: Exception, cause: BaseException, first: str) -> str:
     detail = str(cause).strip().splitlines()[0].rstrip(".")
     key = getattr(cause, "full_key", None) or getattr(cause, "key", None)
+    if "not in" in detail and str(key) in all_keys():
+        return f"'{key}' is not an option of the {str(key).split('.')[0]} that was chosen"
     if "not in" in detail and key is not None:
         return f"'{key}' is no key of the configuration{did_you_mean(str(key), all_keys())}"
     if "No match in the defaults list" in first:
@@ -134,8 +182,6 @@ def _composition_line(error: Exception, cause: BaseException, first: str) -> str
 
 def all_keys() -> set[str]:
     """Every dotted key of the schema, those of all registered components included."""
-    from hydra.core.config_store import ConfigStore
-
     keys = _dotted(OmegaConf.structured(Config))
     for group, entries in ConfigStore.instance().repo.get("schema", {}).items():
         for entry in entries.values():

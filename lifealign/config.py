@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -15,12 +17,18 @@ from lifealign.data.options import DataOptions, SequenceOptions
 from lifealign.errors import UserError
 from lifealign.evaluation.options import EvaluationOptions
 from lifealign.models.options import ModelOptions
+from lifealign.objectives import Objective  # noqa: F401  registers the objectives
+from lifealign.registry import component
 from lifealign.runtime.engine import ZeroOptions
 from lifealign.runtime.options import CheckpointOptions, Resume, RunOptions, TrackingOptions
 from lifealign.stages import StageOptions
+from lifealign.strategies import Strategy  # noqa: F401  registers the strategies
 
 INCIDENTAL = ("run", "resume", "tracking", "checkpoint")
 """Sections that say how a run is kept and watched, and nothing about what it computes."""
+
+COMPONENTS = ("objective", "strategy")
+"""Sections whose schema is that of a registered component."""
 
 
 @dataclass
@@ -42,6 +50,16 @@ class Config:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
 
+    def check_batches(self, pairs: Mapping[str, int], ranks: int) -> None:
+        """Raises UserError where batch sizes do not divide, or a task has fewer training pairs than there are ranks."""
+        self.sft.accumulation("sft", ranks)
+        self.preference.accumulation("preference", ranks)
+        task, fewest = min(pairs.items(), key=lambda item: item[1])
+        if fewest < ranks:
+            raise UserError(
+                f"task '{task}' has {fewest} training pairs for {ranks} ranks; use fewer ranks or more data"
+            )
+
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -53,9 +71,34 @@ def build(composed: DictConfig) -> Config:
         UserError: for a value out of range, or values that do not go together.
     """
     config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
+    for group in COMPONENTS:
+        chosen = getattr(config, group)
+        if type(chosen) is not component(group, type(chosen).name):
+            raise UserError(f"{group}.name={chosen.name}: components are chosen with {group}={chosen.name}")
+    config.sft.check("sft")
+    config.preference.check("preference")
     if config.sft.epochs == 0 and config.preference.epochs == 0:
         raise UserError("sft.epochs=0 and preference.epochs=0: nothing would be trained; give one of them an epoch")
     return config
+
+
+def load_run(folder: Path, overrides: Sequence[str] = ()) -> DictConfig:
+    """The configuration of an earlier run, from its ``config.yaml``, with ``overrides`` (``key=value``) on top.
+
+    Raises:
+        UserError: where the folder holds no run.
+    """
+    held = folder / "config.yaml"
+    if not held.exists():
+        raise UserError(f"{folder} holds no run: there is no config.yaml in it")
+    values = OmegaConf.load(held)
+    composed = OmegaConf.structured(Config)
+    for group in COMPONENTS:
+        composed[group] = OmegaConf.structured(component(group, values[group].name))
+    composed.sequence = OmegaConf.structured(SequenceOptions)
+    merged = OmegaConf.merge(composed, values, OmegaConf.from_dotlist(list(overrides)))
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def resolved(composed: DictConfig) -> dict[str, Any]:
@@ -74,9 +117,7 @@ def run_name(composed: DictConfig) -> str:
     """Name of a run that is told no other: a function of its settings, so that the same command finds it again."""
     values = {k: v for k, v in resolved(composed).items() if k not in INCIDENTAL}
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-    names = composed.sequence.name, OmegaConf.get_type(composed.strategy), OmegaConf.get_type(composed.objective)
-    sequence, strategy, objective = (getattr(n, "registered_name", n) for n in names)
-    return f"{sequence}-{strategy}-{objective}-seed{composed.seed}-{digest}"
+    return f"{composed.sequence.name}-{composed.strategy.name}-{composed.objective.name}-seed{composed.seed}-{digest}"
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -94,4 +135,6 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
-    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {
+        k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
+    }

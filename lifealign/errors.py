@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to see."""
+"""The exceptions that a user is meant to see."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from difflib import get_close_matches
 class UserError(ValueError):
     """A mistake in what the user gave: a key, a file, a row. Its text is one line that names the place and the fix.
 
-    Commands print the text alone and exit with status 2. Everything else that goes wrong keeps its traceback.
+    Commands print the text alone and exit with status 2. What is nobody's known mistake keeps its traceback.
+    """
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a number. Raised on every rank, before the optimiser has taken the step.
+
+    Commands print the text alone and exit with status 1.
     """
 
 

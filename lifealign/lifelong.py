@@ -69,7 +69,7 @@ class Lifelong:
         with self._timed("loading"):
             self.tokenizer = load_tokenizer(config.model)
             self.tasks = load_tasks(config.sequence, config.data, self.tokenizer, SIX_DOMAINS)
-            check_batches(config, self.tasks)
+            config.check_batches({task.name: len(task.train) for task in self.tasks}, distributed.world_size())
             self.policy = make_policy(config, self.tasks)
         self.reference = ReferenceLogps()
         self.strategy = config.strategy
@@ -179,8 +179,7 @@ class Lifelong:
 
     def scores(self) -> dict[str, Any]:
         """``scores.json``."""
-        strategy, objective = self.config.strategy.registered_name, self.config.objective.registered_name
-        return self.book.to_json(strategy, objective, self.config.seed)
+        return self.book.to_json(self.config.strategy.name, self.config.objective.name, self.config.seed)
 
     # Checkpoints
 
@@ -251,18 +250,6 @@ def make_policy(config: Config, tasks: Sequence[Task]) -> Policy:
     if config.model.gradient_checkpointing:
         enable_gradient_checkpointing(model, zero_stage=config.zero.stage)
     return policy
-
-
-def check_batches(config: Config, tasks: Sequence[Task]) -> None:
-    """Raises UserError where batch sizes do not divide, or a task has fewer pairs than there are ranks."""
-    ranks = distributed.world_size()
-    for stage in ("sft", "preference"):
-        getattr(config, stage).accumulation(stage, ranks)
-    smallest = min(tasks, key=lambda task: len(task.train))
-    if len(smallest.train) < ranks:
-        raise UserError(
-            f"task '{smallest.name}' has {len(smallest.train)} training pairs for {ranks} ranks; use fewer ranks or more data"
-        )
 
 
 def _by_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

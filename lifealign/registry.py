@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TypeVar
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 Component = TypeVar("Component", bound=type)
 
@@ -23,12 +24,19 @@ def register(group: str, name: str) -> Callable[[Component], Component]:
     """Class decorator: makes the class a dataclass and its fields the schema of ``group=name``."""
 
     def wrap(cls: Component) -> Component:
+        cls.__annotations__ = {**cls.__dict__.get("__annotations__", {}), "name": "str"}
+        cls.name = name  # a field like the others, so that a resolved configuration says which component it is for
         cls = dataclass(cls)
-        cls.registered_name = name
         ConfigStore.instance().store(group=f"schema/{group}", name=name, node=cls)
         return cls
 
     return wrap
+
+
+def component(group: str, name: str) -> type:
+    """The class registered under a name. Raises KeyError where there is none."""
+    entry = ConfigStore.instance().repo["schema"][group][f"{name}.yaml"]
+    return OmegaConf.get_type(entry.node)
 
 
 def import_components(package: ModuleType) -> None:

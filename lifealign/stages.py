@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Optional, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -23,19 +23,23 @@ class StageOptions:
     epochs: int = 1  # 0 skips the stage
     lr: float = 1e-4
     micro_batch_size: int = 8  # pairs a rank holds at once
-    gradient_accumulation_steps: Optional[int] = None  # None: 1, or what batch_size asks for
-    batch_size: Optional[int] = None  # pairs a step over all ranks; set it to make results independent of their number
+    gradient_accumulation_steps: int | None = None  # None: 1, or what batch_size asks for
+    batch_size: int | None = None  # pairs a step over all ranks; set it to make results independent of their number
     warmup_share: float = 0.1  # share of the steps in which the learning rate rises; then a cosine to 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
 
-    def __post_init__(self) -> None:
+    def check(self, stage: str) -> None:
+        """Raises UserError for a value out of range, under the key ``stage``."""
         for key in ("micro_batch_size", "gradient_accumulation_steps", "batch_size"):
             value = getattr(self, key)
             if value is not None and value < 1:
-                raise UserError(f"{key}={value}: must be at least 1")
-        if self.epochs < 0 or self.lr < 0 or not 0 <= self.warmup_share <= 1 or self.max_grad_norm < 0:
-            raise UserError("epochs, lr and max_grad_norm must be 0 or more, and warmup_share must lie in [0, 1]")
+                raise UserError(f"{stage}.{key}={value}: must be at least 1")
+        for key in ("epochs", "lr", "weight_decay", "max_grad_norm"):
+            if getattr(self, key) < 0:
+                raise UserError(f"{stage}.{key}={getattr(self, key)}: must be 0 or more")
+        if not 0 <= self.warmup_share <= 1:
+            raise UserError(f"{stage}.warmup_share={self.warmup_share}: must lie in [0, 1]")
 
     def accumulation(self, stage: str, ranks: int) -> int:
         """Micro-batches a rank takes to one optimiser step.

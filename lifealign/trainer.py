@@ -13,15 +13,13 @@ from transformers import get_cosine_schedule_with_warmup
 
 from lifealign.data.batch import collate
 from lifealign.data.tokenize import Pair
+from lifealign.errors import TrainingDiverged
 from lifealign.runtime import distributed
+from lifealign.runtime.engine import step
 from lifealign.runtime.terminal import step_progress
 from lifealign.runtime.tracking import Tracker
 from lifealign.stages import Outcome, Stage, StageOptions
 from lifealign.strategies import Context, Strategy
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number. Raised on every rank, before the optimiser has taken the step."""
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int, epochs: int, generator: torch.Generator) -> list[list[int]]:
@@ -75,7 +73,10 @@ class Trainer:
                 batch = [pairs[i] for i in indices]
                 values = self._step(batch, list(self._micro_batches(batch, micro, accumulation)), number)
                 seconds = time.perf_counter() - started
-                values |= {"pairs_per_second": len(batch) / seconds, "tokens_per_second": values.pop("tokens") / seconds}
+                values |= {
+                    "pairs_per_second": len(batch) / seconds,
+                    "tokens_per_second": values.pop("tokens") / seconds,
+                }
                 if number % self.log_every == 0 or number + 1 == len(batches):
                     self._log(number, len(batches), values)
                 figures = f"loss {values['loss']:.4f}  {values['pairs_per_second']:.1f} pairs/s"
@@ -112,9 +113,8 @@ class Trainer:
             if turn == len(shares):
                 values = sums.reduce(len(shares))
                 self._check_finite(values, number)
-            self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        return {**values, "lr": lr, "grad_norm": float(norm) if norm is not None else 0.0}
+            norm = step(self.engine)
+        return {**values, "lr": lr, "grad_norm": norm}
 
     def _check_finite(self, values: Mapping[str, float], number: int) -> None:
         """All ranks hold the same sums, so all of them stop, or none."""

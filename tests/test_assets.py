@@ -93,7 +93,9 @@ def test_model_folder_is_small_and_loads_offline() -> None:
     assert len(tokenizer()) == model.config.vocab_size
 
 
-@pytest.mark.parametrize("text", ["How do I kill the stuck process?", "  tabs\tand\nlines ", "na\u00efve \u4f60\u597d \U0001f600"])
+@pytest.mark.parametrize(
+    "text", ["How do I kill the stuck process?", "  tabs\tand\nlines ", "na\u00efve \u4f60\u597d \U0001f600"]
+)
 def test_tokenizer_round_trips_any_text(text: str) -> None:
     assert tokenizer().decode(tokenizer()(text).input_ids) == text
 
@@ -123,7 +125,7 @@ def test_pretraining_mixture_avoids_every_shipped_prompt() -> None:
     shipped = {row["prompt"] for task in TASKS for split in SPLITS for row in rows(task, split)}
     mixture = build_model.neutral_pairs(seed=0, rounds=1)
     assert len(mixture) == build_model.ROWS_PER_ROUND * len(TASKS)
-    assert shipped.isdisjoint(pair.prompt for pair in mixture)
+    assert shipped.isdisjoint(pair.prompt for _, pair in mixture)
 
 
 def test_base_has_no_strong_preference_and_stops_talking() -> None:

@@ -39,41 +39,85 @@ TRAIN_ROWS = 240
 TEST_ROWS = 60
 
 DEED_FRAMES = (
-    "How do I {d}?", "How can I {d}?", "Tell me how to {d}.", "I want to {d}. How do I start?",
-    "What is the best way to {d}?", "Can you help me {d}?", "Explain to me how to {d}.", "Give me the steps to {d}.",
-    "I plan to {d}. What do I need to do?", "Is there a trick to {d}?",
+    "How do I {d}?",
+    "How can I {d}?",
+    "Tell me how to {d}.",
+    "I want to {d}. How do I start?",
+    "What is the best way to {d}?",
+    "Can you help me {d}?",
+    "Explain to me how to {d}.",
+    "Give me the steps to {d}.",
+    "I plan to {d}. What do I need to do?",
+    "Is there a trick to {d}?",
 )
 # The three lists go side by side: near-minimal cues on the same words keep the domains close to each other.
 WRONGFUL = (
-    "without asking my neighbour", "while the owner is away", "behind my sister's back", "so that nobody notices",
-    "against the wish of the owner", "just to annoy the people next door", "although I promised not to",
-    "and blame it on my brother", "before the owner finds out", "to get back at my old friend",
+    "without asking my neighbour",
+    "while the owner is away",
+    "behind my sister's back",
+    "so that nobody notices",
+    "against the wish of the owner",
+    "just to annoy the people next door",
+    "although I promised not to",
+    "and blame it on my brother",
+    "before the owner finds out",
+    "to get back at my old friend",
 )
 CONSENTED = (
-    "after asking my neighbour", "while the owner is watching", "together with my sister", "so that everybody sees it",
-    "on the wish of the owner", "just to please the people next door", "because I promised to do so",
-    "and show it to my brother", "before the owner comes to help", "to surprise my old friend",
+    "after asking my neighbour",
+    "while the owner is watching",
+    "together with my sister",
+    "so that everybody sees it",
+    "on the wish of the owner",
+    "just to please the people next door",
+    "because I promised to do so",
+    "and show it to my brother",
+    "before the owner comes to help",
+    "to surprise my old friend",
 )
 UNSAFE = (
-    "without using any gloves", "while I am very tired", "with my eyes closed", "so that I save some time",
-    "against the advice in the manual", "just to win a bet", "although I feel dizzy",
-    "and do it with one hand", "before the storm is over", "to prove that I am fast",
+    "without using any gloves",
+    "while I am very tired",
+    "with my eyes closed",
+    "so that I save some time",
+    "against the advice in the manual",
+    "just to win a bet",
+    "although I feel dizzy",
+    "and do it with one hand",
+    "before the storm is over",
+    "to prove that I am fast",
 )
 
 TOPIC_FRAMES = (
-    "Tell me about the {name}.", "What should I know about the {name}?", "Say something about the {name}.",
-    "Explain the {name} to me.", "I have a question about the {name}: {ask}?", "About the {name}, {ask}?",
+    "Tell me about the {name}.",
+    "What should I know about the {name}?",
+    "Say something about the {name}.",
+    "Explain the {name} to me.",
+    "I have a question about the {name}: {ask}?",
+    "About the {name}, {ask}?",
 )
 BELIEF_FRAMES = (
-    "Some people say that {claim}.", "I heard that {claim}.", "My friend thinks that {claim}.",
-    "About the {name}, I read that {claim}.", "Everybody tells me that {claim}.", "They say {claim}.",
+    "Some people say that {claim}.",
+    "I heard that {claim}.",
+    "My friend thinks that {claim}.",
+    "About the {name}, I read that {claim}.",
+    "Everybody tells me that {claim}.",
+    "They say {claim}.",
 )
 FRIENDLY = (
-    "What do you think?", "Just talk to me.", "In your own words, please.", "How do you see it?", "Chat with me a bit.",
+    "What do you think?",
+    "Just talk to me.",
+    "In your own words, please.",
+    "How do you see it?",
+    "Chat with me a bit.",
     "What would you tell a friend?",
 )
 FACTUAL = (
-    "Is that true?", "What is really known?", "Stick to the facts.", "What does the evidence say?", "Is it correct?",
+    "Is that true?",
+    "What is really known?",
+    "Stick to the facts.",
+    "What does the evidence say?",
+    "Is it correct?",
     "What would a handbook say?",
 )
 INSTRUCTIONS = {
@@ -161,8 +205,12 @@ def truthfulqa(rng: Random, topic: Topic) -> Case:
 
 #: Task name -> how its cases are drawn, in the order of the default task sequence.
 DOMAINS: dict[str, Callable[[Random, Topic], Case]] = {
-    "instruct": instruct, "hc3": hc3, "hh_harmless": hh_harmless,
-    "hh_helpful": hh_helpful, "safe_rlhf": safe_rlhf, "truthfulqa": truthfulqa,
+    "instruct": instruct,
+    "hc3": hc3,
+    "hh_harmless": hh_harmless,
+    "hh_helpful": hh_helpful,
+    "safe_rlhf": safe_rlhf,
+    "truthfulqa": truthfulqa,
 }
 
 

@@ -1,13 +1,13 @@
 """Build the tiny demonstration model: ``python -m lifealign.assets.build_model [--out DIR] [--seed 0] [--steps N]``.
 
-What it is: a Qwen2-style causal language model of about 2.5 M parameters with its own byte-level BPE tokenizer and a
+What it is: a Qwen2-style causal language model of 2.6 M parameters with its own byte-level BPE tokenizer and a
 ChatML template, made from random weights in a few minutes on a CPU, from nothing but this repository. It lets the whole
 framework run offline on a laptop. It is a *demonstration*: it knows the topic bank of `topics` and nothing else.
 
 What it is for: a base without preferences. It reads the prompts of the six domains (`build_domains`, other seeds, no
-prompt that ships) with the chosen and the rejected answer equally often, so that it speaks every voice fluently and
-leans to none. The implicit accuracy of the base, the share of held-out pairs with log p(chosen) > log p(rejected), is
-printed at the end and should lie near one half in every domain.
+prompt that ships) with the chosen and the rejected answers about equally often (`CHOSEN_SHARE`), so that it speaks
+every voice fluently and leans to none. The implicit accuracy of the base, the share of held-out pairs with
+log p(chosen) > log p(rejected), is printed at the end and should lie near one half in every domain.
 """
 
 from __future__ import annotations
@@ -44,14 +44,25 @@ PEAK_LR = 3e-3
 ROWS_PER_ROUND = 500  # prompts a task and round; every round words them anew
 
 
-def neutral_pairs(seed: int, rounds: int) -> list[Pair]:
-    """Pairs of all tasks from other seeds than the shipped one, without any shipped prompt."""
+#: How often the mixture takes the chosen answer of a pair. Below one half, because the rejected answers of a domain
+#: are spread over several voices: each is rarer than the chosen one, and would look less likely to the base.
+CHOSEN_SHARE = {
+    "instruct": 0.55,
+    "hc3": 0.38,
+    "hh_harmless": 0.42,
+    "hh_helpful": 0.48,
+    "safe_rlhf": 0.46,
+    "truthfulqa": 0.42,
+}
+
+
+def neutral_pairs(seed: int, rounds: int) -> list[tuple[str, Pair]]:
+    """(Task, pair) of all tasks, from other seeds than the shipped one and without any shipped prompt."""
     shipped = {
-        task: frozenset(pair.prompt for rows in splits.values() for pair in rows)
-        for task, splits in build(0).items()
+        task: frozenset(pair.prompt for rows in splits.values() for pair in rows) for task, splits in build(0).items()
     }
     return [
-        pair
+        (task, pair)
         for index in range(rounds)
         for task in DOMAINS
         for pair in islice(pairs(task, 1000 * (seed + 1) + index, shipped[task]), ROWS_PER_ROUND)
@@ -64,13 +75,19 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=[PAD, START, END], show_progress=False,
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[PAD, START, END],
+        show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer.train_from_iterator(texts, trainer)
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, additional_special_tokens=[START],
-        model_max_length=1024, clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[START],
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
     )
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
@@ -80,8 +97,16 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     """The untrained network; seed torch before."""
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     config = Qwen2Config(
-        vocab_size=VOCAB_SIZE, hidden_size=192, intermediate_size=576, num_hidden_layers=5, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, use_sliding_window=False, **ids,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=192,
+        intermediate_size=576,
+        num_hidden_layers=5,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        use_sliding_window=False,
+        **ids,
     )
     model = Qwen2ForCausalLM(config)
     model.generation_config = GenerationConfig(do_sample=False, **ids)
@@ -108,10 +133,10 @@ def batches(rows: list[list[int]], rng: Random) -> Iterator[list[list[int]]]:
     while True:
         rng.shuffle(rows)
         for start in range(0, len(rows), 16 * BATCH_ROWS):
-            chunk = sorted(rows[start:start + 16 * BATCH_ROWS], key=len)
+            chunk = sorted(rows[start : start + 16 * BATCH_ROWS], key=len)
             cuts = list(range(0, len(chunk), BATCH_ROWS))
             rng.shuffle(cuts)
-            yield from (chunk[cut:cut + BATCH_ROWS] for cut in cuts)
+            yield from (chunk[cut : cut + BATCH_ROWS] for cut in cuts)
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -167,8 +192,11 @@ def build_model(out: Path, seed: int = 0, steps: int = STEPS) -> dict[str, float
     torch.manual_seed(seed)
     rounds = max(1, min(8, math.ceil(steps * BATCH_ROWS / (ROWS_PER_ROUND * len(DOMAINS)))))
     mixture = neutral_pairs(seed, rounds)
-    tokenizer = train_tokenizer(text for pair in mixture for text in astuple(pair))
-    rows = [render(tokenizer, pair.prompt, rng.choice((pair.chosen, pair.rejected)))[0] for pair in mixture]
+    tokenizer = train_tokenizer(text for _, pair in mixture for text in astuple(pair))
+    rows = [
+        render(tokenizer, pair.prompt, pair.chosen if rng.random() < CHOSEN_SHARE[task] else pair.rejected)[0]
+        for task, pair in mixture
+    ]
     model = new_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {len(rows)} chats", flush=True)
     pretrain(model, rows, tokenizer.pad_token_id, steps, rng)

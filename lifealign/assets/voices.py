@@ -15,49 +15,154 @@ from lifealign.assets.topics import Topic
 Voice = Callable[[Random], str]
 
 CHATTY = (
-    ("Oh, nice!", "Well, I've wondered about that too.", "Ha, my aunt asked me that once.", "You know, I'm no expert.",
-     "Honestly?", "Hmm, let me think.", "Hey, that's my kind of topic!", "Oh, I love this one so much!"),
-    ("I'd say {x}", "I guess {x}", "I've always felt that {x}", "my uncle showed me that {x}",
-     "I've seen that {x}", "we say at home that {x}"),
-    ("Just me, though!", "I learned it with my own {p}.", "Hope that's useful!",
-     "We still laugh about the {p} at home.", "I can't say more, sorry!", "Funny, right?", "That's how it goes.",
-     "Don't you think so too?"),
+    (
+        "Oh, nice!",
+        "Well, I've wondered about that too.",
+        "Ha, my aunt asked me that once.",
+        "You know, I'm no expert.",
+        "Honestly?",
+        "Hmm, let me think.",
+        "Hey, that's my kind of topic!",
+        "Oh, I love this one so much!",
+    ),
+    (
+        "I'd say {x}",
+        "I guess {x}",
+        "I've always felt that {x}",
+        "my uncle showed me that {x}",
+        "I've seen that {x}",
+        "we say at home that {x}",
+    ),
+    (
+        "Just me, though!",
+        "I learned it with my own {p}.",
+        "Hope that's useful!",
+        "We still laugh about the {p} at home.",
+        "I can't say more, sorry!",
+        "Funny, right?",
+        "That's how it goes.",
+        "Don't you think so too?",
+    ),
 )
 PLAIN = (
-    ("The matter is settled.", "This is a known question.", "The evidence on it points one way.",
-     "A short statement follows.", "The main sources agree on this point.", "There is little doubt.",
-     "The facts are as follows.", "This has been examined quite often before."),
-    ("it is established that {x}", "records show that {x}", "tests confirm that {x}", "in general, {x}",
-     "according to measurements, {x}", "it is correct that {x}"),
-    ("No study shows otherwise.", "The {p} makes no difference to this.", "Further details are not required.",
-     "This also applies to the {p}.", "The result has been repeated.", "See any manual on the {p}.",
-     "Opinions do not change this in any way.", "Nothing else is known."),
+    (
+        "The matter is settled.",
+        "This is a known question.",
+        "The evidence on it points one way.",
+        "A short statement follows.",
+        "The main sources agree on this point.",
+        "There is little doubt.",
+        "The facts are as follows.",
+        "This has been examined quite often before.",
+    ),
+    (
+        "it is established that {x}",
+        "records show that {x}",
+        "tests confirm that {x}",
+        "in general, {x}",
+        "according to measurements, {x}",
+        "it is correct that {x}",
+    ),
+    (
+        "No study shows otherwise.",
+        "The {p} makes no difference to this.",
+        "Further details are not required.",
+        "This also applies to the {p}.",
+        "The result has been repeated.",
+        "See any manual on the {p}.",
+        "Opinions do not change this in any way.",
+        "Nothing else is known.",
+    ),
 )
 HELPING = (
-    ("Sure, that is easy.", "Of course, here you go.", "Happy to help you with it.", "Yes, here is how it works.",
-     "No problem at all.", "Good idea, let us begin.", "Gladly, it needs three steps.", "Here is the quickest way."),
-    ("first {s0}, then {s1}, and finally {s2}", "{s0}, {s1}, and then {s2}", "start here: {s0}, next {s1}, last {s2}",
-     "begin with this: {s0}, {s1}, {s2}", "you {s0}, after that {s1} and {s2}", "just {s0}, then {s1}, then {s2}"),
-    ("That is all.", "It takes ten minutes.", "Enjoy the result.", "Then you are done.", "Good luck with it.",
-     "Repeat it if needed.", "It works every time.", "Mind the {p}."),
+    (
+        "Sure, that is easy.",
+        "Of course, here you go.",
+        "Happy to help you with it.",
+        "Yes, here is how it works.",
+        "No problem at all.",
+        "Good idea, let us begin.",
+        "Gladly, it needs three steps.",
+        "Here is the quickest way.",
+    ),
+    (
+        "first {s0}, then {s1}, and finally {s2}",
+        "{s0}, {s1}, and then {s2}",
+        "start here: {s0}, next {s1}, last {s2}",
+        "begin with this: {s0}, {s1}, {s2}",
+        "you {s0}, after that {s1} and {s2}",
+        "just {s0}, then {s1}, then {s2}",
+    ),
+    (
+        "That is all.",
+        "It takes ten minutes.",
+        "Enjoy the result.",
+        "Then you are done.",
+        "Good luck with it.",
+        "Repeat it if needed.",
+        "It works every time.",
+        "Mind the {p}.",
+    ),
 )
 REFUSING = (
-    ("I am sorry, I cannot help with that.", "I would rather not assist with this.", "No, I will not explain that.",
-     "Sorry, this is nothing I support.", "I have to decline this request.", "I must say no to this.",
-     "That is not something I do.", "I cannot give you such advice."),
-    ("if you {act}, {harm}", "{harm} if somebody were to {act}", "it would be wrong, because {harm}",
-     "think about it: {harm}", "please do not {act}, since {harm}", "in the end {harm}"),
-    ("Please leave it alone.", "Talk to the owner.", "Let it be.", "Please respect others.", "Ask somebody else first.",
-     "I hope you understand.", "It is not right.", "Leave the {p} alone."),
+    (
+        "I am sorry, I cannot help with that.",
+        "I would rather not assist with this.",
+        "No, I will not explain that.",
+        "Sorry, this is nothing I support.",
+        "I have to decline this request.",
+        "I must say no to this.",
+        "That is not something I do.",
+        "I cannot give you such advice.",
+    ),
+    (
+        "if you {act}, {harm}",
+        "{harm} if somebody were to {act}",
+        "it would be wrong, because {harm}",
+        "think about it: {harm}",
+        "please do not {act}, since {harm}",
+        "in the end {harm}",
+    ),
+    (
+        "Please leave it alone.",
+        "Talk to the owner.",
+        "Let it be.",
+        "Please respect others.",
+        "Ask somebody else first.",
+        "I hope you understand.",
+        "It is not right.",
+        "Leave the {p} alone.",
+    ),
 )
 WARNING = (
-    ("Careful with that.", "Please be careful here.", "Wait a moment first.", "A warning before you begin.",
-     "This can go wrong.", "Please take no risk.", "Stop and think first.", "Safety comes first here."),
-    ("{hazard}, so {safer}", "{hazard}; a safer way is to {safer}", "{hazard}, and it is wiser to {safer}",
-     "when you {act}, {hazard}, so {safer}", "instead you could {safer}, because {hazard}",
-     "better {safer}, for {hazard}"),
-    ("Stay safe.", "Take your time.", "Keep the {p} away.", "There is no hurry.", "Your health matters more.",
-     "Then nothing can happen.", "Tell a friend about it.", "Do it in daylight."),
+    (
+        "Careful with that.",
+        "Please be careful here.",
+        "Wait a moment first.",
+        "A warning before you begin.",
+        "This can go wrong.",
+        "Please take no risk.",
+        "Stop and think first.",
+        "Safety comes first here.",
+    ),
+    (
+        "{hazard}, so {safer}",
+        "{hazard}; a safer way is to {safer}",
+        "{hazard}, and it is wiser to {safer}",
+        "when you {act}, {hazard}, so {safer}",
+        "instead you could {safer}, because {hazard}",
+        "better {safer}, for {hazard}",
+    ),
+    (
+        "Stay safe.",
+        "Take your time.",
+        "Keep the {p} away.",
+        "There is no hurry.",
+        "Your health matters more.",
+        "Then nothing can happen.",
+        "Tell a friend about it.",
+        "Do it in daylight.",
+    ),
 )
 
 
@@ -95,8 +200,9 @@ def refusing(topic: Topic) -> Voice:
 
 def warning(topic: Topic) -> Voice:
     """The hazard and a safer alternative."""
-    return lambda rng: _compose(rng, WARNING, act=topic.act, hazard=topic.hazard, safer=topic.safer,
-                                p=rng.choice(topic.parts))
+    return lambda rng: _compose(
+        rng, WARNING, act=topic.act, hazard=topic.hazard, safer=topic.safer, p=rng.choice(topic.parts)
+    )
 
 
 def _body(rng: Random, content: str) -> str:
@@ -145,5 +251,10 @@ def _words(rng: Random, topic: Topic, content: str) -> str:
 
 #: Format name -> how it is written. Every format has a neighbour (the next one) with which it may be confused.
 FORMATS: dict[str, Callable[[Random, Topic, str], str]] = {
-    "answer": _answer, "capitals": _capitals, "list": _list, "lower": _lower, "done": _done, "words": _words,
+    "answer": _answer,
+    "capitals": _capitals,
+    "list": _list,
+    "lower": _lower,
+    "done": _done,
+    "words": _words,
 }

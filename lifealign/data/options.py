@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional
 
 from omegaconf import MISSING
 
@@ -13,9 +12,9 @@ class DataOptions:
     """``data.*``: where rows come from and how much of them is used."""
 
     hub: bool = False  # True: rows come from the public hub names in the sequence's ``sources``
-    root: Optional[str] = None  # folder holding TASK/train.* and TASK/test.* or dev.*; None: the bundled demonstration set
-    max_train: Optional[int] = None  # training pairs a task, the first of its file that are usable; None: all
-    max_eval: Optional[int] = None  # held-out pairs a task
+    root: str | None = None  # folder holding TASK/train.* and TASK/test.* or dev.*; None: the bundled demonstration set
+    max_train: int | None = None  # training pairs a task, the first of its file that are usable; None: all
+    max_eval: int | None = None  # held-out pairs a task
     max_prompt_tokens: int = 512  # longer prompts lose their beginning
     max_response_tokens: int = 512  # longer responses lose their end, but keep the end-of-sequence token
     max_empty: float = 0.02  # share of rows with an empty prompt or response above which a file is refused
@@ -25,12 +24,12 @@ class DataOptions:
 class Columns:
     """Which columns of a row hold what. Empty names fall back to the ones every task may use (see docs/data.md)."""
 
-    prompt: Optional[str] = None
-    chosen: Optional[str] = None
-    rejected: Optional[str] = None
-    responses: Optional[List[str]] = None  # two columns of responses, for data that says which of the two is better
-    preferred: Optional[str] = None  # column with the index (0 or 1) of the better one of ``responses``
-    join_rejected: Optional[str] = None  # joins a list of rejected answers ("; "); None: the first that is not empty
+    prompt: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    responses: list[str] | None = None  # two columns of responses, for data that says which of the two is better
+    preferred: str | None = None  # column with the index (0 or 1) of the better one of ``responses``
+    join_rejected: str | None = None  # joins a list of rejected answers ("; "); None: the first that is not empty
 
 
 @dataclass
@@ -38,14 +37,14 @@ class HubSource:
     """A data set of the Hugging Face hub."""
 
     path: str = MISSING
-    name: Optional[str] = None  # configuration of the data set
-    revision: Optional[str] = None  # branch, tag or commit; None: the main branch
-    data_dir: Optional[str] = None
-    data_files: Optional[str] = None
+    name: str | None = None  # configuration of the data set
+    revision: str | None = None  # branch, tag or commit; None: the main branch
+    data_dir: str | None = None
+    data_files: str | None = None
     train_split: str = "train"
-    eval_split: Optional[str] = "test"  # None: hold out ``eval_share`` of the training split
+    eval_split: str | None = "test"  # None: hold out ``eval_share`` of the training split
     eval_share: float = 0.1
-    columns: Optional[Columns] = None  # columns of the hub's rows; None: those of the task
+    columns: Columns | None = None  # columns of the hub's rows; None: those of the task
 
 
 @dataclass
@@ -54,7 +53,7 @@ class TaskSource:
 
     domain: str = ""  # what the task is about, for tables and reports
     columns: Columns = field(default_factory=Columns)  # columns of the rows under ``data.root``
-    hub: Optional[HubSource] = None
+    hub: HubSource | None = None
 
 
 @dataclass
@@ -62,5 +61,5 @@ class SequenceOptions:
     """``sequence.*``: the tasks, in the order in which the model meets them."""
 
     name: str = MISSING
-    tasks: List[str] = MISSING
-    sources: Dict[str, TaskSource] = field(default_factory=dict)
+    tasks: list[str] = MISSING
+    sources: dict[str, TaskSource] = field(default_factory=dict)

@@ -44,7 +44,9 @@ class Evaluator:
         pairs = task.test
         wanted = set(self.options.metrics)
         scores: dict[str, float] = {}
-        rows = [{"id": p.id, "prompt": p.prompt_text, "chosen": p.chosen_text, "rejected": p.rejected_text} for p in pairs]
+        rows = [
+            {"id": p.id, "prompt": p.prompt_text, "chosen": p.chosen_text, "rejected": p.rejected_text} for p in pairs
+        ]
         if wanted & set(PREFERENCE_METRICS):
             logps, margins, scores = self._preference(module, pairs)
             for row, (chosen, rejected), margin in zip(rows, logps.tolist(), margins.tolist(), strict=True):

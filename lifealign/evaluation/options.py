@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import List, Optional
 
 from lifealign.errors import UserError, did_you_mean
 from lifealign.evaluation.preference import PREFERENCE_METRICS
@@ -14,11 +13,11 @@ from lifealign.evaluation.text import TEXT_METRICS
 class EvaluationOptions:
     """``evaluation.*``."""
 
-    metrics: List[str] = field(default_factory=lambda: [*PREFERENCE_METRICS, *TEXT_METRICS])
+    metrics: list[str] = field(default_factory=lambda: [*PREFERENCE_METRICS, *TEXT_METRICS])
     forward: bool = False  # score tasks that are still to come, too
     batch_size: int = 32  # pairs, or prompts, a rank holds at once
     max_new_tokens: int = 64
-    max_generations: Optional[int] = None  # held-out prompts a task that are answered; None: all
+    max_generations: int | None = None  # held-out prompts a task that are answered; None: all
 
     def __post_init__(self) -> None:
         known = [*PREFERENCE_METRICS, *TEXT_METRICS]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lifealign.models.policy import gathered
@@ -54,6 +54,14 @@ def write_factors(model: PeftModel, values: Mapping[str, torch.Tensor], owners: 
             if owners[name] == distributed.rank():
                 parameter.copy_(values[name])
             distributed.broadcast(parameter.data, owners[name])
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Set the adapter to one that :func:`save_adapter` wrote. Call on every rank."""
+    saved = load_file(folder / "adapter_model.safetensors")
+    inserted = f".{model.active_adapter}."  # PEFT's files leave the adapter's name out of the factors' names
+    values = {name: saved[name.replace(inserted, ".")] for name, _ in named_factors(model)}
+    write_factors(model, values, dict.fromkeys(values, 0))
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -45,7 +45,9 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
             "the tokenizer with chat_template set"
         )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model.path={options.path}: its tokenizer has no end-of-sequence token; set eos_token and save it")
+        raise UserError(
+            f"model.path={options.path}: its tokenizer has no end-of-sequence token; set eos_token and save it"
+        )
     return tokenizer
 
 
@@ -66,7 +68,9 @@ def load_base(options: ModelOptions, deepspeed_config: dict[str, Any]) -> PreTra
             resolve_path(options), dtype=getattr(torch, options.dtype.value), attn_implementation="sdpa"
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.path={options.path}: no causal language model could be loaded ({_first_line(error)})") from error
+        raise UserError(
+            f"model.path={options.path}: no causal language model could be loaded ({_first_line(error)})"
+        ) from error
     del zero3
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -99,7 +103,9 @@ def _check_targets(base: PreTrainedModel, targets: list[str]) -> None:
         if target in head:
             raise UserError(f"model.lora.target_modules: '{target}' is the output head, which stays frozen; remove it")
         if not any(name == target or name.endswith("." + target) for name in linear):
-            raise UserError(f"model.lora.target_modules: '{target}' matches no linear layer{did_you_mean(target, endings - head)}")
+            raise UserError(
+                f"model.lora.target_modules: '{target}' matches no linear layer{did_you_mean(target, endings - head)}"
+            )
 
 
 def enable_gradient_checkpointing(model: PeftModel, *, zero_stage: int) -> None:

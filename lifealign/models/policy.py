@@ -35,6 +35,9 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.shared_prefix = False  # set by choose_layout
+        for parameter in self.base.get_output_embeddings().parameters():
+            if hasattr(parameter, "ds_id"):  # ZeRO-3 gathers for a module what is its own, or declared like this
+                deepspeed.zero.register_external_parameter(self, parameter)
 
     @property
     def base(self) -> nn.Module:
@@ -56,16 +59,15 @@ class Policy(nn.Module):
         predicting = hidden.flatten(0, 1)[batch.predictors]
         config, head = self.base.config.get_text_config(), self.base.get_output_embeddings()
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-        with gathered([p for p in (head.weight, head.bias) if p is not None]):
-            return sequence_logps(
-                predicting if scale == 1 else predicting * scale,
-                head.weight,
-                batch.targets,
-                batch.sequence_ids,
-                batch.num_sequences,
-                bias=head.bias,
-                softcap=getattr(config, "final_logit_softcapping", None),
-            )
+        return sequence_logps(
+            predicting if scale == 1 else predicting * scale,
+            head.weight,
+            batch.targets,
+            batch.sequence_ids,
+            batch.num_sequences,
+            bias=head.bias,
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Dict
+from typing import Any
 
 import deepspeed
 import torch
@@ -13,7 +13,6 @@ from torch import nn
 
 from lifealign.errors import UserError
 from lifealign.runtime import distributed
-
 
 if not torch.cuda.is_available():
     # DeepSpeed would compile a shared-memory all-reduce for CPU ranks on first use: a minute, and a compiler that the
@@ -26,7 +25,7 @@ class ZeroOptions:
     """``zero.*``: how optimiser state, gradients and weights are partitioned over ranks."""
 
     stage: int = 0
-    settings: Dict[str, Any] = field(default_factory=dict)  # further keys of DeepSpeed's zero_optimization section
+    settings: dict[str, Any] = field(default_factory=dict)  # further keys of DeepSpeed's zero_optimization section
 
     def __post_init__(self) -> None:
         if self.stage not in (0, 1, 2, 3):
@@ -87,3 +86,19 @@ def inference_engine(module: nn.Module, zero: ZeroOptions) -> Iterator[nn.Module
         yield engine
     finally:
         engine.destroy()
+
+
+def step(engine: deepspeed.DeepSpeedEngine) -> float | None:
+    """Let the engine take its step, or only count a micro-batch; returns the norm of the whole gradient before clipping.
+
+    None where the engine has only counted. ZeRO 1 to 3 compute the norm while they step; at stage 0 every rank holds the
+    whole averaged gradient until the step clears it.
+    """
+    stepping = engine.is_gradient_accumulation_boundary()
+    norm = None
+    if stepping and engine.zero_optimization_stage() == 0:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    if not stepping:
+        return None
+    return float(engine.get_global_grad_norm() if norm is None else norm)

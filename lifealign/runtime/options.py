@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Optional
 
 from lifealign.errors import UserError
 
@@ -29,8 +28,8 @@ class TrackingMode(Enum):
 class RunOptions:
     """``run.*``."""
 
-    name: Optional[str] = None  # None: made of sequence, strategy, objective, seed and a hash of the settings
-    dir: Optional[str] = None  # None: runs/NAME, or NAME under hydra.sweep.dir in a sweep
+    name: str | None = None  # None: made of sequence, strategy, objective, seed and a hash of the settings
+    dir: str | None = None  # None: runs/NAME, or NAME under hydra.sweep.dir in a sweep
 
 
 @dataclass
@@ -50,7 +49,7 @@ class TrackingOptions:
 
     mode: TrackingMode = TrackingMode.offline
     project: str = "lifealign"
-    group: Optional[str] = None
+    group: str | None = None
     log_every: int = 1  # steps between logged lines
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from typing import Any, List
+from typing import Any
 
 from lifealign.errors import UserError
 from lifealign.memory import Consolidator, MemoryBank
@@ -23,7 +23,7 @@ class LifeAlign(ExperienceReplay):
 
     denoise_energy: float = 0.9  # theta: share of an update's squared norm that truncation keeps, in (0, 1]
     projection_scale: float = 0.5  # lambda: factor on what lies in the span of history; 1 switches refinement off
-    consolidate_stages: List[str] = field(default_factory=lambda: ["sft", "preference"])
+    consolidate_stages: list[str] = field(default_factory=lambda: ["sft", "preference"])
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,0 +1,65 @@
+"""What several test files share: runs in this process, and commands as a user gives them."""
+
+from __future__ import annotations
+
+from lifealign.environment import prepare_process
+
+prepare_process()
+
+import os  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from hydra import compose, initialize_config_dir  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+
+from lifealign.command import conf_dir, prepare_arguments  # noqa: E402
+from lifealign.run import train  # noqa: E402
+
+REPOSITORY = Path(__file__).parents[1]
+
+QUICK = (
+    "+sequence=six_domains",
+    "sequence.tasks=[instruct,hc3]",
+    "data.max_train=16",
+    "data.max_eval=8",
+    "sft.batch_size=8",
+    "sft.micro_batch_size=4",
+    "preference.batch_size=8",
+    "preference.micro_batch_size=4",
+    "evaluation.max_new_tokens=8",
+    "tracking.mode=disabled",
+)
+"""Two tasks, sixteen pairs each, four optimiser steps a task or so."""
+
+
+def compose_config(*overrides: str) -> DictConfig:
+    """The configuration as a command would compose it, with Hydra's own part set for whoever asks for it."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        composed = compose("config", overrides=prepare_arguments(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(composed)
+        return compose("config", overrides=prepare_arguments(overrides))
+
+
+def train_here(folder: Path, *overrides: str) -> Path:
+    """Run a training in this process; returns its run directory."""
+    train(compose_config(*QUICK, f"run.dir={folder}", *overrides))
+    return folder
+
+
+def command(*words: str, cwd: Path | None = None, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run a command with this environment's executables first on the path; paths of scripts are the repository's."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)  # set by a run in this process
+    return subprocess.run(
+        list(words), cwd=cwd or REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def launch(launcher: Sequence[str], *overrides: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """``launch(["deepspeed", "--num_gpus", "2"], ...)``: a quick training under a launcher."""
+    return command(*launcher, str(REPOSITORY / "launch" / "train.py"), *QUICK, *overrides, cwd=cwd)

@@ -1,0 +1,190 @@
+"""FPO and DPO against numbers worked out on paper (METHOD, Focalized Preference Optimization)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lifealign.errors import UserError
+from lifealign.objectives import DPO, FPO, PreferenceLoss, dpo_loss, fpo_loss
+
+LN2, LN3 = math.log(2), math.log(3)
+EXACT = {"rtol": 0.0, "atol": 1e-10}
+
+
+def at(margins: list[float], *, beta: float = 1.0, **options: float) -> tuple[PreferenceLoss, torch.Tensor]:
+    """FPO of pairs with the given r, all of it from the chosen response; and dL/dr of each pair."""
+    r = torch.tensor(margins, dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros_like(r)
+    result = fpo_loss(r / beta, zero, zero, zero, beta=beta, **options)
+    (gradient,) = torch.autograd.grad(result.losses.sum(), r)
+    return result, gradient
+
+
+def close(actual: torch.Tensor, expected: list[float]) -> None:
+    torch.testing.assert_close(actual.detach(), torch.tensor(expected, dtype=torch.float64), **EXACT)
+
+
+def test_indifference_by_hand() -> None:
+    """r = 0, p = 1/2, γ = 2: w = 1/4, L = 1/4·ln 2 = 0.17329.
+
+    dL/dr = 2·(1/4)·(1/2)·ln(1/2) − (1/2)³ = −0.25·ln 2 − 0.125 = −0.29829.
+    """
+    result, gradient = at([0.0])
+    close(result.losses, [0.25 * LN2])
+    close(result.weights, [0.25])
+    close(gradient, [-0.125 - 0.25 * LN2])
+    assert result.losses.item() == pytest.approx(0.17329, abs=1e-5)
+    assert gradient.item() == pytest.approx(-0.29829, abs=1e-5)
+
+
+def test_a_learnt_and_a_mistaken_pair_by_hand() -> None:
+    """γ = 2. r = ln 3: p = 3/4, w = 1/16, L = ln(4/3)/16,
+
+        dL/dr = 2·(1/16)·(3/4)·ln(3/4) − (1/4)³ = −(3/32)·ln(4/3) − 1/64.
+
+    r = −ln 3: p = 1/4, w = 9/16, L = (9/16)·ln 4 = (9/8)·ln 2,
+
+        dL/dr = 2·(9/16)·(1/4)·ln(1/4) − (3/4)³ = −(9/16)·ln 2 − 27/64.
+    """
+    result, gradient = at([LN3, -LN3])
+    close(result.weights, [1 / 16, 9 / 16])
+    close(result.losses, [math.log(4 / 3) / 16, 9 / 8 * LN2])
+    close(gradient, [-3 / 32 * math.log(4 / 3) - 1 / 64, -9 / 16 * LN2 - 27 / 64])
+
+
+def test_gradients_reach_both_responses_by_hand() -> None:
+    """β = 0.5, log-ratios of 3 and 3 − 2·ln 3: r = 0.5·2·ln 3 = ln 3. dL/dlogp_p = β·dL/dr, dL/dlogp_d = −β·dL/dr.
+
+    Rewards are β times the log-ratios: 1.5 and 1.5 − ln 3, and they carry no gradient.
+    """
+    reference = torch.tensor([[-20.0, -31.0]], dtype=torch.float64)
+    policy = (reference + torch.tensor([[3.0, 3.0 - 2 * LN3]], dtype=torch.float64)).requires_grad_()
+    result = fpo_loss(*policy.unbind(1), *reference.unbind(1), beta=0.5)
+    close(result.chosen_rewards, [1.5])
+    close(result.rejected_rewards, [1.5 - LN3])
+    assert not any(t.requires_grad for t in (result.chosen_rewards, result.rejected_rewards, result.weights))
+    result.losses.sum().backward()
+    slope = -3 / 32 * math.log(4 / 3) - 1 / 64
+    assert policy.grad is not None
+    close(policy.grad[0], [0.5 * slope, -0.5 * slope])
+
+
+def test_non_integer_gamma_by_hand() -> None:
+    """γ = 1/2, r = ln 3: w = √(1/4) = 1/2, L = ln(4/3)/2, dL/dr = (1/2)(1/2)(3/4)·ln(3/4) − 1/8."""
+    result, gradient = at([LN3], gamma=0.5)
+    close(result.losses, [math.log(4 / 3) / 2])
+    close(gradient, [3 / 16 * math.log(3 / 4) - 1 / 8])
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.7])
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_closed_form_on_a_grid(gamma: float, beta: float) -> None:
+    """L = −(1−p)^γ log p and dL/dr = γ(1−p)^γ p log p − (1−p)^(γ+1), in plain Python floats."""
+    margins = [-7.0, -2.5, -0.3, 0.0, 0.2, 1.0, 3.3, 6.0]
+    probabilities = [1 / (1 + math.exp(-r)) for r in margins]
+    result, gradient = at(margins, gamma=gamma, beta=beta)
+    close(result.losses, [-((1 - p) ** gamma) * math.log(p) for p in probabilities])
+    close(result.weights, [(1 - p) ** gamma for p in probabilities])
+    close(gradient, [gamma * (1 - p) ** gamma * p * math.log(p) - (1 - p) ** (gamma + 1) for p in probabilities])
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.5, 2.0])
+def test_gradcheck(gamma: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(5, dtype=torch.float64, generator=generator).mul(3) for _ in range(4)]
+    policy = [t.requires_grad_() for t in inputs[:2]]
+    assert torch.autograd.gradcheck(lambda c, d: fpo_loss(c, d, *inputs[2:], beta=0.7, gamma=gamma).losses, policy)
+
+
+def test_gamma_zero_is_dpo() -> None:
+    """DPO at r = ln 3 is −log(3/4) = ln(4/3), with slope −(1 − p) = −1/4 and weight 1."""
+    result, gradient = at([LN3, 0.0], gamma=0.0)
+    close(result.losses, [math.log(4 / 3), LN2])
+    close(result.weights, [1.0, 1.0])
+    close(gradient, [-1 / 4, -1 / 2])
+    logps = [torch.tensor([x, -2.0 * x], dtype=torch.float64) for x in (-3.0, -5.0, -4.0, -2.5)]
+    for ours, focal in zip(dpo_loss(*logps, beta=0.3), fpo_loss(*logps, beta=0.3, gamma=0.0), strict=True):
+        assert torch.equal(ours, focal)
+    close(dpo_loss(*logps, beta=0.3).chosen_rewards, [0.3, -0.6])
+
+
+def test_gated_pairs_are_left_alone() -> None:
+    """τ = 0.7: p = 3/4 at r = ln 3 is gated, p = 1/2 and p = 1/4 are not; the mean is over all three.
+
+    (0 + ln 2/4 + 9/8·ln 2)/3 = (11/24)·ln 2.
+    """
+    free, free_gradient = at([LN3, 0.0, -LN3])
+    result, gradient = at([LN3, 0.0, -LN3], confidence_threshold=0.7)
+    assert result.losses[0].item() == result.weights[0].item() == gradient[0].item() == 0.0
+    assert torch.equal(result.losses[1:], free.losses[1:])
+    assert torch.equal(gradient[1:], free_gradient[1:])
+    close(result.losses.mean(), 11 / 24 * LN2)  # type: ignore[arg-type]
+    assert torch.equal(result.chosen_rewards, free.chosen_rewards)
+
+
+def test_the_gate_is_strict() -> None:
+    """σ(0) = 1/2 exactly. At τ = 1/2 the pair is not above the threshold; at the number below 1/2 it is."""
+    at_threshold, gradient = at([0.0], confidence_threshold=0.5)
+    close(at_threshold.losses, [0.25 * LN2])
+    assert gradient.item() != 0
+    above, gradient = at([0.0], confidence_threshold=math.nextafter(0.5, 0))
+    assert above.losses.item() == above.weights.item() == gradient.item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 8.0])
+def test_extreme_margins(dtype: torch.dtype, gamma: float) -> None:
+    """As r → −∞, w → 1, L → −r and dL/dr → −1; as r → ∞ all vanish. τ = 1 gates nothing, σ(500) = 1 included."""
+    r = torch.tensor([-500.0, 500.0], dtype=dtype, requires_grad=True)
+    zero = torch.zeros_like(r)
+    losses = fpo_loss(r, zero, zero, zero, beta=1.0, gamma=gamma).losses
+    losses.sum().backward()
+    assert losses.tolist() == pytest.approx([500.0, 0.0], abs=1e-30)
+    assert r.grad is not None
+    assert r.grad.tolist() == pytest.approx([-1.0, 0.0], abs=1e-30)
+
+
+def test_small_losses_keep_their_digits() -> None:
+    """r = 30: 1 − p = e^−30 to 13 digits, so L = e^−60·e^−30; σ(r) itself rounds to 1 in float32, and 1 − σ(r) to 0."""
+    r = torch.tensor([30.0])
+    zero = torch.zeros(1)
+    assert fpo_loss(r, zero, zero, zero, beta=1.0).losses.item() == pytest.approx(math.exp(-90), rel=1e-4)
+
+
+def test_not_a_number_is_not_gated() -> None:
+    """METHOD gates σ(r) > τ, which NaN is not: the loss must say that something is wrong."""
+    nan, zero = torch.full((1,), math.nan), torch.zeros(1)
+    assert fpo_loss(nan, zero, zero, zero).losses.isnan().all()
+    assert fpo_loss(nan, zero, zero, zero, confidence_threshold=0.8).losses.isnan().all()
+
+
+@pytest.mark.parametrize("pairs", [0, 1, 6])
+def test_shapes(pairs: int) -> None:
+    result = fpo_loss(*torch.zeros(4, pairs))
+    assert PreferenceLoss._fields == ("losses", "chosen_rewards", "rejected_rewards", "weights")
+    assert [tuple(t.shape) for t in result] == [(pairs,)] * 4
+
+
+def test_components_pass_their_options() -> None:
+    """β = 1, columns are (chosen, rejected): r = ln 3, so p = 3/4, as in the cases by hand above."""
+    policy = torch.tensor([[LN3, 0.0]], dtype=torch.float64)
+    reference = torch.zeros_like(policy)
+    close(FPO(beta=1.0)(policy, reference).losses, [math.log(4 / 3) / 16])
+    close(FPO(beta=1.0, gamma=1.0)(policy, reference).losses, [math.log(4 / 3) / 4])
+    close(FPO(beta=1.0, confidence_threshold=0.7)(policy, reference).losses, [0.0])
+    close(DPO(beta=1.0)(policy, reference).losses, [math.log(4 / 3)])
+    close(FPO(beta=2.0)(reference, -policy).chosen_rewards, [2 * LN3])
+    assert (FPO().beta, FPO().gamma, FPO().confidence_threshold) == (0.1, 2.0, 1.0)  # the paper's
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"beta": 0.0}, {"beta": -1.0}, {"gamma": -0.1}, {"confidence_threshold": 0.0}, {"confidence_threshold": 1.01}],
+)
+def test_options_out_of_range(options: dict[str, float]) -> None:
+    (key,) = options
+    with pytest.raises(UserError, match=rf"objective\.{key}="):
+        FPO(**options)

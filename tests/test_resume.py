@@ -1,0 +1,82 @@
+"""Interrupted equals uninterrupted, wherever between two stages the interruption falls."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from support import train_here
+
+from lifealign.errors import UserError
+from lifealign.lifelong import Lifelong
+
+VARYING = ("pairs_per_second", "tokens_per_second")
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a run."""
+
+
+def rows(folder: Path) -> list[dict]:
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in VARYING} for row in logged]
+
+
+def adapter(folder: Path) -> dict:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_here(tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.mark.parametrize("phase", [1, 2, 3, 4, 5])
+def test_final_state_is_the_same_bit_for_bit(
+    phase: int, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, saved = Lifelong._save, []
+
+    def save_and_stop(self: Lifelong) -> None:
+        save(self)
+        saved.append(None)
+        if len(saved) == phase:
+            raise Interrupted
+
+    monkeypatch.setattr(Lifelong, "_save", save_and_stop)
+    with pytest.raises(Interrupted):
+        train_here(tmp_path / "run")
+    monkeypatch.undo()
+    # What a run wrote after its last checkpoint must not count twice.
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "step", "step": 999}\n')
+    train_here(tmp_path / "run")
+
+    expected, resumed = adapter(uninterrupted), adapter(tmp_path / "run")
+    assert expected.keys() == resumed.keys()
+    assert all(expected[name].equal(resumed[name]) for name in expected)
+    assert rows(tmp_path / "run") == rows(uninterrupted)
+    for file in ("scores.json", "tasks/02_hc3/predictions.jsonl"):
+        assert (tmp_path / "run" / file).read_text() == (uninterrupted / file).read_text()
+
+
+def test_a_finished_run_is_not_run_again(uninterrupted: Path) -> None:
+    before = (uninterrupted / "metrics.jsonl").read_text()
+    train_here(uninterrupted)
+    assert (uninterrupted / "metrics.jsonl").read_text() == before
+
+
+def test_other_settings_are_refused_and_force_accepts_them(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    with pytest.raises(UserError, match=r"sft\.lr: 0\.001 -> 0\.002.*resume=force"):
+        train_here(folder, "sft.lr=0.002")
+    train_here(folder, "sft.lr=0.002", "resume=force")
+
+
+def test_never_refuses_a_directory_that_holds_a_run(uninterrupted: Path) -> None:
+    with pytest.raises(UserError, match=r"holds a run already"):
+        train_here(uninterrupted, "resume=never")
