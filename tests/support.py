@@ -9,10 +9,15 @@ prepare_process()
 import os  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
+from contextlib import redirect_stderr, redirect_stdout  # noqa: E402
+from io import StringIO  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import NamedTuple  # noqa: E402
+from unittest import mock  # noqa: E402
 
 from hydra import compose, initialize_config_dir  # noqa: E402
+from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
@@ -50,13 +55,38 @@ def train_here(folder: Path, *overrides: str) -> Path:
     return folder
 
 
+class Ended(NamedTuple):
+    """How a command that was run in this process ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def end_here(main: Callable[[], object], *arguments: str) -> Ended:
+    """Call what a launcher calls, in this process, with these arguments."""
+    out, err, code = StringIO(), StringIO(), 0
+    GlobalHydra.instance().clear()
+    argv = mock.patch.object(sys, "argv", ["command.py", *arguments])
+    with argv, mock.patch.dict(os.environ), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as ending:
+            code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def environment() -> dict[str, str]:
+    """This environment's executables first on the path, and nothing of the process group of this process."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    return {**kept, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
 def command(*words: str, cwd: Path | None = None, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Run a command with this environment's executables first on the path; paths of scripts are the repository's."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)  # set by a run in this process
     return subprocess.run(
-        list(words), cwd=cwd or REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout
+        list(words), cwd=cwd or REPOSITORY, env=environment(), capture_output=True, text=True, timeout=timeout
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -16,9 +18,9 @@ ROWS = [Row([10, 11, 12], [[20, 21], [30]]), Row([13], [[40], [50, 51, 52]])]
 def test_shared_prefix_by_hand() -> None:
     """Lines ``10 11 12 | 20 21 | 30`` and ``13 | 40 | 50 51 52``, padded to 6.
 
-    Positions of a response continue the prompt's: 3, 4 and again 3; 1 and again 1, 2, 3. Its first token is predicted at
-    the last prompt token: flat 2 in the first line, flat 6 in the second. So 20 ← 2, 21 ← 3, 30 ← 2, 40 ← 6, 50 ← 6,
-    51 ← 8 (where 50 stands), 52 ← 9.
+    Positions of a response continue the prompt's: 3, 4 and again 3; 1 and again 1, 2, 3. Its first token is predicted
+    at the last prompt token: flat 2 in the first line, flat 6 in the second. So 20 ← 2, 21 ← 3, 30 ← 2, 40 ← 6,
+    50 ← 6, 51 ← 8 (where 50 stands), 52 ← 9.
     """
     batch = collate(ROWS, shared_prefix=True, pad_token_id=0)
     assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 30], [13, 40, 50, 51, 52, 0]]
@@ -106,11 +108,11 @@ def test_length_buckets_by_hand() -> None:
     assert list(length_buckets([], 2)) == []
 
 
-SMALL = {"vocab_size": 61, "num_hidden_layers": 2, "attn_implementation": "sdpa"}
-ATTENTION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-CONFIGS = {
-    "qwen2": Qwen2Config(**SMALL, **ATTENTION, tie_word_embeddings=False),
-    "llama": LlamaConfig(**SMALL, **ATTENTION, tie_word_embeddings=True),
+SMALL: dict[str, Any] = {"vocab_size": 61, "num_hidden_layers": 2, "attn_implementation": "sdpa"}
+SMALL |= {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=False),
+    "llama": LlamaConfig(**SMALL, tie_word_embeddings=True),
 }
 
 
@@ -141,7 +143,7 @@ def logps_and_gradients(policy: Policy, logps: torch.Tensor) -> tuple[torch.Tens
     """Each sequence pulls with its own weight, as a preference loss does."""
     factors = {n: p for n, p in policy.named_parameters() if p.requires_grad}
     pull = torch.linspace(-1, 1.5, len(logps))
-    return logps.detach(), dict(zip(factors, torch.autograd.grad(logps @ pull, factors.values()), strict=True))
+    return logps.detach(), dict(zip(factors, torch.autograd.grad(logps @ pull, list(factors.values())), strict=True))
 
 
 def one_at_a_time(policy: Policy, rows: list[Row]) -> torch.Tensor:

@@ -49,14 +49,16 @@ def equal(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tenso
 
 
 def test_owners_by_hand() -> None:
-    """Costs, numel × short side: a 32·4 = 128, b and c 24·4 = 96, d 16·2 = 32.
+    """Costs, numel × short side: a 32·4 = 128, b and c 24·4 = 96, d 40·2 = 80 though it has the most numbers.
 
-    Two ranks: a → 0 (128), b → 1 (96), c → 1 (192, since 96 < 128), d → 0 (160).
+    Two ranks: a → 0 (128), b → 1 (96), c → 1 (192, since 96 < 128), d → 0 (208).
     """
-    shapes = {"d": torch.Size((2, 8)), "c": torch.Size((4, 6)), "a": torch.Size((8, 4)), "b": torch.Size((6, 4))}
+    shapes = {"d": torch.Size((2, 20)), "c": torch.Size((4, 6)), "a": torch.Size((8, 4)), "b": torch.Size((6, 4))}
     expected = {"a": 0, "b": 1, "c": 1, "d": 0}
     assert assign_owners(shapes, 2) == expected
     assert assign_owners(dict(reversed(shapes.items())), 2) == expected
+    for names in ("xyz", "zyx", "yxz"):  # equal costs go by name, whatever the order that they come in
+        assert assign_owners(dict.fromkeys(names, torch.Size((3, 5))), 2) == {"x": 0, "y": 1, "z": 0}
     assert set(assign_owners(shapes, 1).values()) == {0}
     assert sorted(assign_owners(shapes, 7).values()) == [0, 1, 2, 3]
 
@@ -89,7 +91,7 @@ def test_stages_equal_refine_with_explicit_history(energy: float, scale: float) 
 
 
 def test_a_first_consolidation_weighs_nothing_and_the_second_all_of_a_repeat() -> None:
-    """θ = 1: with no history an update passes whole; the same one again lies in the span, and λ = 0.25 leaves a quarter."""
+    """θ = 1: with no history an update passes whole; again, it lies in the span, and λ = 0.25 leaves a quarter."""
     consolidator = Consolidator(SHAPES, energy=1.0, scale=0.25)
     update = updates(0)
     assert equal(consolidator.consolidate(update)[0], update)
@@ -137,7 +139,7 @@ def test_memory_that_is_not_finite_is_an_error(value: float) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 5, 20])
 def test_ranks_share_the_factors_and_agree_with_one(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
-    """Every rank is played in turn; no exchange is needed before the end, so only the gathering of records is cut out."""
+    """Every rank is played in turn; nothing is exchanged before the end, so only the gathering of records is cut."""
     alone = Consolidator(SHAPES, energy=0.9, scale=0.5)
     expected = [alone.consolidate(updates(stage)) for stage in range(3)]
     monkeypatch.setattr(distributed, "gather_objects", lambda value: [value])
@@ -169,7 +171,7 @@ def fill(bank: MemoryBank, consolidator: Consolidator, stages: int) -> list[Fact
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4])
 def test_a_reload_continues_bit_for_bit(tmp_path: Path, count: int) -> None:
-    """Stopped after four stages and taken up again at ``count``: the next result is that of a run which never stopped."""
+    """Stopped after four stages, taken up again at ``count``: what follows is as in a run that never stopped."""
     made = fill(MemoryBank(tmp_path), Consolidator(SHAPES, energy=0.9, scale=0.5), 4)
     straight, resumed = (Consolidator(SHAPES, energy=0.9, scale=0.5) for _ in range(2))
     for stage in range(count):

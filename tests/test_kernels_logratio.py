@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from lifealign.kernels import sequence_logps
 from lifealign.kernels.logratio import IMPLEMENTATIONS, chunked
+from torch.utils._python_dispatch import TorchDispatchMode
 
 WIDTH = 48
 
@@ -23,7 +22,7 @@ class Tolerance(NamedTuple):
     gradient: float  # norm of the error over the norm of the gradient
 
 
-# Logits reach about ±10. bfloat16 holds 8 bits, so a logit of 8 is known to ±0.016 and gradients to 2^-9 = 0.002 a factor.
+# Logits reach about ±10. bfloat16 holds 8 bits: a logit of 8 is known to ±0.016, each factor of a gradient to 0.002.
 TOLERANCES = {
     torch.float64: Tolerance(1e-12, 1e-12),
     torch.float32: Tolerance(1e-5, 5e-6),
@@ -81,7 +80,7 @@ def oracle(case: Case, softcap: float | None) -> tuple[torch.Tensor, dict[str, t
 def run(
     case: Case, impl: str, softcap: float | None, trained: set[str]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    inputs = {"hidden": case.hidden, "weight": case.weight, "bias": case.bias}
+    inputs: dict[str, Any] = {"hidden": case.hidden, "weight": case.weight, "bias": case.bias}
     leaves = {k: v.detach().requires_grad_(k in trained) if v is not None else None for k, v in inputs.items()}
     logps = sequence_logps(
         leaves["hidden"],
@@ -121,7 +120,7 @@ def impl(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Several chunks, the last one partial, at every size but one token: 401 tokens are 16 rows × 25 and one left over."""
+    """Several chunks, the last one partial, at every size but one token: 401 tokens are 25 times 16 and one."""
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1)
     yield
 
@@ -165,7 +164,8 @@ def test_by_hand(impl: str) -> None:
 def test_gradcheck(softcap: float | None, impl: str) -> None:
     case = make_case(19, 5, torch.float64)
     inputs = tuple(t.detach()[..., :3].requires_grad_() for t in (case.hidden, case.weight))
-    bias = case.bias.detach().requires_grad_() if case.bias is not None else None
+    assert case.bias is not None
+    bias = case.bias.detach().requires_grad_()
 
     def logps(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return sequence_logps(hidden, weight, case.targets, case.sequence_ids, 5, bias=bias, softcap=softcap, impl=impl)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from lifealign.errors import UserError
 from lifealign.objectives import DPO, FPO, PreferenceLoss, dpo_loss, fpo_loss
 
 LN2, LN3 = math.log(2), math.log(3)
-EXACT = {"rtol": 0.0, "atol": 1e-10}
+EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-10}
 
 
 def at(margins: list[float], *, beta: float = 1.0, **options: float) -> tuple[PreferenceLoss, torch.Tensor]:

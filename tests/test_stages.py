@@ -77,23 +77,36 @@ def test_the_batch_size_that_the_message_proposes_is_right(options: tuple[int, i
     ("pairs", "epochs", "ranks", "steps"), [(16, 3, 1, 6), (17, 3, 1, 9), (17, 3, 2, 6), (1, 1, 4, 1), (9, 0, 1, 0)]
 )
 def test_steps(pairs: int, epochs: int, ranks: int, steps: int) -> None:
-    """Global batch 8 × ranks; what is left over at the end of an epoch is a step of its own. 17 pairs: 3 steps an epoch."""
+    """Global batch 8 × ranks; what is left over at the end of an epoch is a step of its own: 17 pairs make 3."""
     assert StageOptions(epochs=epochs, micro_batch_size=8).steps(pairs, "sft", ranks) == steps
+
+
+def test_the_defaults_and_the_limits_are_in_range() -> None:
+    StageOptions().check("sft")
+    StageOptions(epochs=0, lr=0.0, micro_batch_size=1, batch_size=1, warmup_share=1.0, max_grad_norm=0.0).check("sft")
 
 
 @pytest.mark.parametrize("key", ["micro_batch_size", "gradient_accumulation_steps", "batch_size"])
 def test_sizes_below_one(key: str) -> None:
-    with pytest.raises(UserError, match=f"{key}=0"):
-        StageOptions(**{key: 0})
+    with pytest.raises(UserError, match=rf"sft\.{key}=0"):
+        StageOptions(**{key: 0}).check("sft")
 
 
 @pytest.mark.parametrize(
-    "options", [{"epochs": -1}, {"lr": -1e-4}, {"warmup_share": 1.1}, {"warmup_share": -0.1}, {"max_grad_norm": -1.0}]
+    "options",
+    [
+        {"epochs": -1},
+        {"lr": -1e-4},
+        {"weight_decay": -0.1},
+        {"warmup_share": 1.1},
+        {"warmup_share": -0.1},
+        {"max_grad_norm": -1.0},
+    ],
 )
 def test_options_out_of_range(options: dict[str, float]) -> None:
     (key,) = options
-    with pytest.raises(UserError, match=key):
-        StageOptions(**options)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=rf"preference\.{key}="):
+        StageOptions(**options).check("preference")  # type: ignore[arg-type]
 
 
 def test_supervised_stage_by_hand() -> None:
@@ -156,7 +169,7 @@ def test_preference_stage_by_hand() -> None:
 
 
 def test_the_reference_follows_the_pairs() -> None:
-    """Log-probabilities are those of the pairs given, in their order: an untouched policy has r = 0 and loss ln 2 each."""
+    """Log-probabilities are those of the pairs given, in their order: an untouched policy has loss ln 2 a pair."""
     stage = PreferenceStage(DPO(), reference(REFERENCE))
     logps = torch.tensor([*REFERENCE[2], *REFERENCE[0]])
     loss, figures = stage.outcome(logps, [PAIRS[2], PAIRS[0]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from lifealign.memory import denoise, refine
 from lifealign.memory.subspace import Basis, rescale_history, truncate
 
-EXACT = {"rtol": 0.0, "atol": 1e-10}
+EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-10}
 SHAPES = [(1, 1), (1, 7), (7, 1), (8, 40), (40, 8), (13, 13)]
 
 
@@ -37,7 +38,7 @@ def pinv_refine(update: torch.Tensor, history: list[torch.Tensor], energy: float
 
 
 def test_threshold_by_hand() -> None:
-    """diag(3, 1) has energies 9 and 1: the first holds 0.9 exactly, so θ = 0.9 keeps it alone and a little more keeps both."""
+    """diag(3, 1) has energies 9 and 1: the first holds 0.9 exactly, so θ = 0.9 keeps it alone; a little more, both."""
     update = torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64))
     kept = truncate(update, 0.9)
     torch.testing.assert_close(kept.update, torch.diag(torch.tensor([3.0, 0.0], dtype=torch.float64)), **EXACT)
@@ -47,6 +48,14 @@ def test_threshold_by_hand() -> None:
     torch.testing.assert_close(both.update, update, **EXACT)
     assert both.kept_rank.item() == 2
     assert both.kept_energy.item() == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_threshold_met_but_for_rounding(seed: int) -> None:
+    """diag(3, 1) in rotated coordinates: 0.9 is now met to rounding only, and one direction must still do."""
+    left, right = (torch.linalg.qr(normal(2, 2, seed=seed + k)).Q for k in (0, 100))
+    update = left @ torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64)) @ right.T
+    assert truncate(update, 0.9).kept_rank.item() == 1
 
 
 def test_directions_off_the_axes_by_hand() -> None:
@@ -127,8 +136,8 @@ def test_inputs_are_not_changed() -> None:
 def test_refine_by_hand() -> None:
     """History spans e_11 (a 2×2 unit matrix). diag(4, 3) at θ = 1: the part in the span is 4·e_11.
 
-    λ = 0.5 leaves diag(2, 3), λ = 0 leaves diag(0, 3), λ = 1 changes nothing. At θ = 0.6 truncation comes first (16/25 =
-    0.64): diag(4, 0) is then wholly in the span, and λ = 0.5 leaves diag(2, 0).
+    λ = 0.5 leaves diag(2, 3), λ = 0 leaves diag(0, 3), λ = 1 changes nothing. At θ = 0.6 truncation comes first
+    (16/25 = 0.64): diag(4, 0) is then wholly in the span, and λ = 0.5 leaves diag(2, 0).
     """
     update = torch.diag(torch.tensor([4.0, 3.0], dtype=torch.float64))
     history = [torch.diag(torch.tensor([-7.0, 0.0], dtype=torch.float64))]
@@ -266,7 +275,7 @@ def test_history_share_by_hand() -> None:
 
 @pytest.mark.parametrize("shape", [(4, 10), (10, 4)])
 def test_batched_calls_equal_single_calls(shape: tuple[int, int]) -> None:
-    """Among the four factors one repeats its history and one has none, so that the basis is not rectangular by nature."""
+    """Among the four factors one repeats its history and one has none, so that the basis is not rectangular."""
     updates = normal(4, *shape)
     histories = [normal(4, *shape, seed=1), normal(4, *shape, seed=2)]
     histories[1][1] = 5 * histories[0][1]

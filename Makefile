@@ -1,0 +1,36 @@
+# make install   .venv with everything; make train and make test do it first
+# make train     the default run: six bundled domains, a few minutes on two cores
+# make test      the tests; make test-all adds those marked slow
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# As in the commands (lifealign/environment.py): threads that wait must not spin on shared cores.
+export OMP_WAIT_POLICY := passive
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: install train test test-all lint clean
+
+install: $(INSTALLED)
+
+# torch first and alone, under the constraints: a later package must find it there and not bring a second one.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+train: install
+	$(BIN)/deepspeed launch/train.py +sequence=six_domains
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,324 @@
+"""Two ranks under every ZeRO stage do what one process does on the same global batch.
+
+The file is its own worker: ``deepspeed --num_gpus 2 tests/test_distributed.py FOLDER`` does in two ranks, in one launch,
+everything that the tests compare with this process, and leaves what came out in FOLDER.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from support import command, compose_config, train_here
+
+import lifealign.trainer
+from lifealign.assets import SIX_DOMAINS
+from lifealign.command import without_local_rank
+from lifealign.config import Config, build
+from lifealign.data.tasks import Task, load_tasks
+from lifealign.errors import TrainingDiverged
+from lifealign.lifelong import make_policy
+from lifealign.memory import Consolidator
+from lifealign.models.adapter import factor_shapes, named_factors, read_factors, write_factors
+from lifealign.models.loading import load_tokenizer, pad_token_id
+from lifealign.models.scoring import ReferenceLogps
+from lifealign.objectives import FPO, PreferenceLoss
+from lifealign.runtime import distributed
+from lifealign.runtime.engine import deepspeed_config, training_engine
+from lifealign.runtime.options import TrackingMode, TrackingOptions
+from lifealign.runtime.tracking import Tracker
+from lifealign.stages import PreferenceStage, SupervisedStage
+from lifealign.strategies import Context, Run, Strategy, seeded_generator
+from lifealign.trainer import Trainer, make_optimizer, make_schedule
+
+COMMON = (
+    "data.max_train=11",  # a last batch of 3 pairs: with micro-batches of 4, the second rank's share is empty
+    "evaluation.metrics=[preference_accuracy,chosen_nll,rouge_l]",
+    "evaluation.max_new_tokens=4",
+    "evaluation.max_generations=4",
+)
+RUNS: dict[str, tuple[str, ...]] = {
+    "zero-0": ("zero=0",),
+    "zero-1": ("zero=1",),
+    "zero-2": ("zero=2", "sft.micro_batch_size=2", "preference.micro_batch_size=2"),  # accumulates
+    "zero-3": ("zero=3", "zero.settings.stage3_param_persistence_threshold=0"),
+}
+ONE_PROCESS = ("sft.micro_batch_size=8", "preference.micro_batch_size=8")
+
+Tensors = dict[str, torch.Tensor]
+
+
+# -- what both sides do ------------------------------------------------------------------------------------------------
+
+
+def prepared(*overrides: str) -> tuple[Config, list[Task], Any]:
+    config = build(compose_config("+sequence=six_domains", "sequence.tasks=[instruct]", "data.max_train=7", *overrides))
+    distributed.start()
+    tokenizer = load_tokenizer(config.model)
+    return config, load_tasks(config.sequence, config.data, tokenizer, SIX_DOMAINS), tokenizer
+
+
+def one_step(stage_name: str, folder: Path, *overrides: str) -> Tensors:
+    """The averaged gradient of every factor in one step over seven pairs, from an adapter of which no factor is zero."""
+    from deepspeed.utils import safe_get_full_grad
+
+    config, (task,), tokenizer = prepared(*overrides)
+    policy = make_policy(config, [task])
+    noise = {
+        name: 0.02 * torch.randn(shape, generator=seeded_generator(name))
+        for name, shape in factor_shapes(policy.model).items()
+    }
+    write_factors(policy.model, noise, dict.fromkeys(noise, 0))
+    options = replace(getattr(config, stage_name), max_grad_norm=0.0)
+    reference = ReferenceLogps()
+    stage = SupervisedStage() if stage_name == "sft" else PreferenceStage(config.objective, reference)
+    gradients: Tensors = {}
+
+    def step(engine: Any) -> float | None:
+        if engine.is_gradient_accumulation_boundary():
+            for name, parameter in named_factors(policy.model):
+                gradients[name] = safe_get_full_grad(parameter).detach().float().cpu().clone()
+        return original(engine)
+
+    original = lifealign.trainer.step
+    settings = deepspeed_config(
+        config.zero,
+        micro_batch_size=options.micro_batch_size,
+        accumulation=options.accumulation(stage_name, distributed.world_size()),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        Tracker(TrackingOptions(mode=TrackingMode.disabled), folder, {}) as tracker,
+        training_engine(policy, settings, partial(make_optimizer, options), partial(make_schedule, options, 1)) as engine,
+        mock.patch.object(lifealign.trainer, "step", step),
+    ):
+        reference.ensure(engine, policy, task.train, batch_size=8, pad_token_id=pad_token_id(tokenizer))
+        trainer = Trainer(
+            engine=engine,
+            stage=stage,
+            options=options,
+            strategy=Strategy(),
+            context=Context(Run(policy, folder, 0), task, 0, stage_name),
+            tracker=tracker,
+            pad_token_id=pad_token_id(tokenizer),
+        )
+        assert trainer.train(task.train) == 1
+    return gradients
+
+
+def consolidated() -> tuple[Tensors, list[dict[str, Any]]]:
+    """Refined updates of the factors that this rank owns, and all records, after two rounds."""
+    sizes = [(8, 64), (8, 64), (64, 8), (8, 32), (32, 8)]
+    shapes = {f"factor {i}": torch.Size(size) for i, size in enumerate(sizes)}
+    consolidator = Consolidator(shapes, energy=0.9, scale=0.5)
+    kept: Tensors = {}
+    records: list[dict[str, Any]] = []
+    for turn in range(2):
+        draw = {name: torch.randn(shape, generator=seeded_generator(name, turn)) for name, shape in shapes.items()}
+        refined, more = consolidator.consolidate({name: draw[name] for name in consolidator.owned})
+        kept |= {f"{name} turn {turn}": value for name, value in refined.items()}
+        records += more
+    return kept, records
+
+
+GRADIENTS: dict[str, tuple[str, ...]] = {
+    "zero-0": ("zero=0", "micro=4"),
+    "zero-1": ("zero=1", "micro=4"),
+    "zero-2": ("zero=2", "micro=2"),
+    "zero-3": (*RUNS["zero-3"], "micro=4"),
+}
+
+
+def batches(*overrides: str) -> list[str]:
+    """``micro=N`` for both stages, under a global batch of 8."""
+    micro = next(word.removeprefix("micro=") for word in overrides if word.startswith("micro="))
+    sizes = [f"{s}.{k}" for s in ("sft", "preference") for k in (f"micro_batch_size={micro}", "batch_size=8")]
+    return [*(word for word in overrides if not word.startswith("micro=")), *sizes]
+
+
+# -- the second rank's side --------------------------------------------------------------------------------------------
+
+
+def work(folder: Path) -> None:
+    """Everything that two ranks are asked to do; ``rank-R.json`` holds what is of one rank alone."""
+    found: dict[str, Any] = {}
+    for name, overrides in RUNS.items():
+        train_here(folder / name, *COMMON, *overrides)
+    for name, overrides in GRADIENTS.items():
+        for stage in ("sft", "preference"):
+            gradients = one_step(stage, folder / "steps", *batches(*overrides))
+            save_file(gradients, folder / f"{stage}-{name}-{distributed.rank()}.safetensors")
+    found["loaded"] = load_partitioned()
+    refined, records = consolidated()
+    save_file(refined, folder / f"consolidated-{distributed.rank()}.safetensors")
+    found["records"] = records
+    found["diverged"] = diverge(folder / "diverged")
+    (folder / f"rank-{distributed.rank()}.json").write_text(json.dumps(found))
+
+
+def load_partitioned() -> dict[str, Any]:
+    """What of the base this rank holds under ZeRO-3."""
+    config, tasks, _ = prepared(*RUNS["zero-3"])
+    model = make_policy(config, tasks).model
+    base = {name: p for name, p in model.named_parameters() if "lora_" not in name}
+    return {
+        "whole": {name: p.ds_numel for name, p in base.items()},
+        "standing": {name: p.numel() for name, p in base.items()},
+        "share": {name: p.ds_tensor.numel() for name, p in base.items()},
+        "adapter": {name: list(value.shape) for name, value in read_factors(model).items()},
+    }
+
+
+def diverge(folder: Path) -> str:
+    """A loss that is no number on the second rank alone, in the second step."""
+    calls = 0
+    usual = FPO.__call__
+
+    def spoilt(self: FPO, policy: torch.Tensor, reference: torch.Tensor) -> PreferenceLoss:
+        nonlocal calls
+        calls += 1
+        result = usual(self, policy, reference)
+        return result._replace(losses=result.losses * float("nan")) if calls == 2 and distributed.rank() == 1 else result
+
+    with mock.patch.object(FPO, "__call__", spoilt):
+        try:
+            train_here(folder, *COMMON, "zero=2", "data.max_train=16", "sequence.tasks=[instruct]")
+        except TrainingDiverged as error:
+            return str(error)
+    return ""
+
+
+if __name__ == "__main__":
+    work(Path(without_local_rank(sys.argv[1:])[0]))
+    distributed.stop()
+    sys.exit()
+
+
+# -- the comparison ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    ended = command("deepspeed", "--num_gpus", "2", __file__, str(folder), timeout=280)
+    assert ended.returncode == 0, f"{ended.stdout[-1000:]}\n{ended.stderr[-4000:]}"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_here(tmp_path_factory.mktemp("one") / "run", *COMMON, *ONE_PROCESS)
+
+
+@pytest.fixture(scope="module")
+def step_gradients(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tensors]:
+    """Gradients of one step in this process, on the whole batch at once."""
+    folder = tmp_path_factory.mktemp("step")
+    known = {stage: one_step(stage, folder, *batches("micro=8")) for stage in ("sft", "preference")}
+    return known.__getitem__
+
+
+def adapter(run: Path) -> Tensors:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def relative_error(found: Tensors, expected: Tensors) -> float:
+    """Frobenius norm of the difference over all tensors, as a share of that of ``expected``."""
+    assert found.keys() == expected.keys()
+    assert all(found[name].shape == expected[name].shape for name in expected)
+    off = sum((found[name].double() - expected[name].double()).square().sum() for name in expected)
+    return float((off / sum(value.double().square().sum() for value in expected.values())).sqrt())
+
+
+def rows(run: Path, kind: str) -> list[dict[str, Any]]:
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in logged if row["kind"] == kind]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_final_adapter_is_that_of_one_process(name: str, one: Path, two: Path) -> None:
+    """Also: under ZeRO-3, whose local factors are empty, the saved ones have their whole shape."""
+    assert relative_error(adapter(two / name), adapter(one)) < 1e-3
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_first_step_of_a_run_is_that_of_one_process(name: str, one: Path, two: Path) -> None:
+    found, expected = rows(two / name, "step"), rows(one, "step")
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for key in ("loss", "grad_norm"):
+        assert found[0][key] == pytest.approx(expected[0][key], rel=1e-6)
+    for left, right in zip(found, expected, strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-3)
+        assert left["lr"] == right["lr"]
+        assert left.get("accuracy", 0) == pytest.approx(right.get("accuracy", 0), abs=1e-6)
+        assert left["tokens_per_second"] / left["pairs_per_second"] == pytest.approx(
+            right["tokens_per_second"] / right["pairs_per_second"], rel=1e-6
+        )  # empty shares count for nothing
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_scores_are_those_of_one_process(name: str, one: Path, two: Path) -> None:
+    found, expected = (json.loads((run / "scores.json").read_text())["metrics"] for run in (two / name, one))
+    assert found["preference_accuracy"]["matrix"] == expected["preference_accuracy"]["matrix"]
+    assert found["chosen_nll"]["last"] == pytest.approx(expected["chosen_nll"]["last"], rel=1e-4)
+    assert found["rouge_l"].keys() == expected["rouge_l"].keys()
+    left, right = (
+        [json.loads(line) for line in (run / "tasks/02_hc3/predictions.jsonl").read_text().splitlines()]
+        for run in (two / name, one)
+    )
+    assert [row["id"] for row in left] == [row["id"] for row in right]
+    assert [row.get("prediction") for row in left] == [row.get("prediction") for row in right]
+
+
+@pytest.mark.parametrize("stage", ["sft", "preference"])
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_the_gradient_of_a_step_is_that_of_one_process(
+    name: str, stage: str, two: Path, step_gradients: Callable[[str], Tensors]
+) -> None:
+    expected = step_gradients(stage)
+    assert all(value.abs().max() > 0 for value in expected.values())
+    for rank in range(2):
+        found = load_file(two / f"{stage}-{name}-{rank}.safetensors")
+        assert relative_error(found, expected) < 1e-6
+
+
+def test_zero_3_holds_no_weight_of_the_base_whole(two: Path) -> None:
+    ranks = [json.loads((two / f"rank-{rank}.json").read_text())["loaded"] for rank in range(2)]
+    for rank in ranks:
+        assert rank["whole"], "the base has no parameters"
+        assert set(rank["standing"].values()) == {0}
+        assert all(rank["share"][name] == (numel + 1) // 2 for name, numel in rank["whole"].items())
+    shapes = {name: list(value.shape) for name, value in adapter(two / "zero-0").items()}
+    assert {name.replace(".default.", "."): shape for name, shape in ranks[1]["adapter"].items()} == shapes
+
+
+def test_consolidation_does_not_depend_on_the_number_of_ranks(two: Path) -> None:
+    expected, records = consolidated()
+    shares = [load_file(two / f"consolidated-{rank}.safetensors") for rank in range(2)]
+    assert all(shares)
+    assert not shares[0].keys() & shares[1].keys()
+    found = shares[0] | shares[1]
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-7)
+    for rank in range(2):
+        listed = json.loads((two / f"rank-{rank}.json").read_text())["records"]
+        assert [row.pop("factor") for row in listed] == [row["factor"] for row in records]
+        for left, right in zip(listed, records, strict=True):
+            assert left == pytest.approx({k: v for k, v in right.items() if k != "factor"}, rel=1e-9)
+
+
+def test_a_loss_that_is_no_number_on_one_rank_stops_every_rank(two: Path) -> None:
+    told = [json.loads((two / f"rank-{rank}.json").read_text())["diverged"] for rank in range(2)]
+    assert told[0] == told[1]
+    assert "loss is nan at step 2 of the preference stage of task instruct" in told[0]
+    assert not (two / "diverged" / "tasks").exists()
