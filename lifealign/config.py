@@ -56,9 +56,7 @@ class Config:
         self.preference.accumulation("preference", ranks)
         task, fewest = min(pairs.items(), key=lambda item: item[1])
         if fewest < ranks:
-            raise UserError(
-                f"task '{task}' has {fewest} training pairs for {ranks} ranks; use fewer ranks or more data"
-            )
+            raise UserError(f"task '{task}' has {fewest} training pairs for {ranks} ranks; use fewer ranks or more data")
 
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -126,15 +124,11 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     keys = sorted(k for k in {*flat_before, *flat_now} if k.split(".")[0] not in INCIDENTAL)
     gone = object()
     return [
-        f"{k}: {flat_before.get(k)} -> {flat_now.get(k)}"
-        for k in keys
-        if flat_before.get(k, gone) != flat_now.get(k, gone)
+        f"{k}: {flat_before.get(k)} -> {flat_now.get(k)}" for k in keys if flat_before.get(k, gone) != flat_now.get(k, gone)
     ]
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
-    return {
-        k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()}

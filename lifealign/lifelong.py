@@ -75,9 +75,7 @@ class Lifelong:
         self.strategy = config.strategy
         self.run_info = Run(self.policy, folder, config.seed)
         self.strategy.setup(self.run_info)
-        self.evaluator = Evaluator(
-            self.policy, self.reference, self.tokenizer, config.evaluation, beta=config.objective.beta
-        )
+        self.evaluator = Evaluator(self.policy, self.reference, self.tokenizer, config.evaluation, beta=config.objective.beta)
         self.book = ScoreBook([task.name for task in self.tasks])
         self.position = Position()
         self.steps = 0

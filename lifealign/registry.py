@@ -8,6 +8,7 @@ itself, so a component's options and its behaviour stand in one place.
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ def register(group: str, name: str) -> Callable[[Component], Component]:
     """Class decorator: makes the class a dataclass and its fields the schema of ``group=name``."""
 
     def wrap(cls: Component) -> Component:
-        cls.__annotations__ = {**cls.__dict__.get("__annotations__", {}), "name": "str"}
+        cls.__annotations__ = {**inspect.get_annotations(cls), "name": "str"}
         cls.name = name  # a field like the others, so that a resolved configuration says which component it is for
         cls = dataclass(cls)
         ConfigStore.instance().store(group=f"schema/{group}", name=name, node=cls)

@@ -133,9 +133,7 @@ def samples(folder: Path, per_task: int = 2) -> list[Sample]:
         order.append(after)
         for row in read_json_lines(left / "predictions.jsonl"):
             if "prediction" in row and len(answers[row["task"], after]) < per_task:
-                answers[row["task"], after].append(
-                    Sample(row["task"], after, row["prompt"], row["prediction"], row["chosen"])
-                )
+                answers[row["task"], after].append(Sample(row["task"], after, row["prompt"], row["prediction"], row["chosen"]))
     return [s for task in order for after in dict.fromkeys([task, order[-1]]) for s in answers[task, after]]
 
 

@@ -128,6 +128,6 @@ class PreferenceStage:
                 "chosen_reward": result.chosen_rewards,
                 "rejected_reward": result.rejected_rewards,
                 "focal_weight": result.weights,
-                "gated_share": (result.weights == 0).float(),
+                "gated_share": self.objective.gated(margins).float(),
             },
         )

@@ -114,15 +114,16 @@ class Trainer:
                 values = sums.reduce(len(shares))
                 self._check_finite(values, number)
             norm = step(self.engine)
+        self._check_finite({"grad_norm": norm}, number, taken=True)
         return {**values, "lr": lr, "grad_norm": norm}
 
-    def _check_finite(self, values: Mapping[str, float], number: int) -> None:
-        """All ranks hold the same sums, so all of them stop, or none."""
+    def _check_finite(self, values: Mapping[str, float], number: int, *, taken: bool = False) -> None:
+        """All ranks hold the same values, so all of them stop, or none; ``taken`` says whether the step was."""
         if not all(map(_is_finite, values.values())):
             bad = next(k for k, v in values.items() if not _is_finite(v))
             raise TrainingDiverged(
                 f"{bad} is {values[bad]} at step {number + 1} of the {self.stage.name} stage of task "
-                f"{self.context.task.name}; the optimiser has not taken this step"
+                f"{self.context.task.name}; {'no checkpoint holds' if taken else 'the optimiser has not taken'} this step"
             )
 
     def _log(self, number: int, total: int, values: Mapping[str, float]) -> None:
@@ -149,9 +150,7 @@ class _Sums:
         self.figures: dict[str, torch.Tensor] = {}
         self.tokens = self.pairs = 0
 
-    def add(
-        self, loss: torch.Tensor, terms: Mapping[str, torch.Tensor], outcome: Outcome, tokens: int, pairs: int
-    ) -> None:
+    def add(self, loss: torch.Tensor, terms: Mapping[str, torch.Tensor], outcome: Outcome, tokens: int, pairs: int) -> None:
         self.loss.append(loss.detach())
         for name, value in terms.items():
             self.terms[name] = self.terms.get(name, 0) + value.detach()

@@ -75,9 +75,7 @@ def _task_table(tasks: list[Task]) -> Table:
         table.add_column(name, justify="left" if name == "task" else "right")
     for task in tasks:
         longest = max(pair_row(pair).length for pair in [*task.train, *task.test])
-        table.add_row(
-            task.name, str(len(task.train)), str(len(task.test)), str(sum(task.dropped.values())), str(longest)
-        )
+        table.add_row(task.name, str(len(task.train)), str(len(task.test)), str(sum(task.dropped.values())), str(longest))
     return table
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from hydra.core.config_store import ConfigStore
-
 from support import REPOSITORY, compose_config
 
 from lifealign.command import conf_dir

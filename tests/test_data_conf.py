@@ -62,9 +62,7 @@ def test_example_of_the_docs() -> None:
         name="my_tasks",
         tasks=["support", "jokes"],
         sources={
-            "support": TaskSource(
-                "polite support", Columns(prompt="ticket", chosen="good_reply", rejected="bad_reply")
-            ),
+            "support": TaskSource("polite support", Columns(prompt="ticket", chosen="good_reply", rejected="bad_reply")),
             "jokes": TaskSource("humour", hub=HubSource("me/jokes", eval_split=None)),
         },
     )

@@ -16,9 +16,7 @@ from lifealign.data.options import HubSource
 from lifealign.data.rows import Rows
 from lifealign.errors import UserError
 
-ROWS = [
-    {"prompt": f"q{n}", "chosen": [{"role": "assistant", "content": "a\u2028é"}], "rejected": "b"} for n in range(3)
-]
+ROWS = [{"prompt": f"q{n}", "chosen": [{"role": "assistant", "content": "a\u2028é"}], "rejected": "b"} for n in range(3)]
 LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
 
 
@@ -136,9 +134,7 @@ def test_hub_without_a_test_split_holds_rows_out(tmp_path: Path) -> None:
     train, test = read_hub(source)
     assert (len(train.items), len(test.items)) == (18, 2)
     assert sorted([*train.numbers, *test.numbers]) == list(range(20))
-    assert all(
-        rows.items[i]["question"] == f"validation {n}" for rows in (train, test) for i, n in enumerate(rows.numbers)
-    )
+    assert all(rows.items[i]["question"] == f"validation {n}" for rows in (train, test) for i, n in enumerate(rows.numbers))
     assert list(read_hub(source)[1].numbers) == list(test.numbers)
 
 
@@ -149,9 +145,7 @@ def test_hold_out_leaves_something_on_both_sides(share: float) -> None:
         hold_out(rows, share)
 
 
-@pytest.mark.parametrize(
-    "change", [{"path": "/no/such/set"}, {"eval_split": "tset"}, {"name": "no_such_configuration"}]
-)
+@pytest.mark.parametrize("change", [{"path": "/no/such/set"}, {"eval_split": "tset"}, {"name": "no_such_configuration"}])
 def test_hub_mistakes_are_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
     options = {"path": hub_folder(tmp_path / "set", train=1, test=1), **change}
     with pytest.raises(UserError, match=r"^hub data set '.*', split '.*': .*data.root=FOLDER$") as caught:

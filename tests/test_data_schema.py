@@ -166,9 +166,7 @@ def test_unusable_rows_are_dropped_and_counted() -> None:
 def test_too_many_empty_responses_refuse_the_file() -> None:
     good, empty = {"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "", "rejected": "b"}
     assert len(preferences(*[good] * 98, empty, empty, max_empty=0.02)) == 98
-    with pytest.raises(
-        UserError, match=r"^t/train.json, row 99: empty response, as in 3 of 101 rows; .*data.max_empty=0.03$"
-    ):
+    with pytest.raises(UserError, match=r"^t/train.json, row 99: empty response, as in 3 of 101 rows; .*data.max_empty=0.03$"):
         preferences(*[good] * 98, empty, empty, empty, max_empty=0.02)
 
 

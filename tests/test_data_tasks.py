@@ -40,8 +40,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PLAIN = (
-    "{% for m in messages %}{{ m.role }} . {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant . {% endif %}"
+    "{% for m in messages %}{{ m.role }} . {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant . {% endif %}"
 )
 
 
@@ -120,9 +119,7 @@ def test_several_turns_are_readable(tmp_path: Path, tokenizer: PreTrainedTokeniz
 
 def test_truncation_keeps_the_end_of_the_prompt_and_the_end_token(tmp_path: Path, tokenizer: Any) -> None:
     """Prompt of 8 ids: the last 5. Responses of 5 and 2 ids, at most 3: two words and the end; untouched."""
-    (pair,) = load(
-        tmp_path, tokenizer, [row(chosen="very very blue .")], max_prompt_tokens=5, max_response_tokens=3
-    ).train
+    (pair,) = load(tmp_path, tokenizer, [row(chosen="very very blue .")], max_prompt_tokens=5, max_response_tokens=3).train
     assert pair.prompt == ids("sky is <|im_end|> <|im_start|> assistant")
     assert pair.chosen == ids("very very <|im_end|>")
     assert pair.rejected == ids("black <|im_end|>")
@@ -177,9 +174,7 @@ def test_hash_follows_the_rows_in_use(tmp_path: Path, tokenizer: PreTrainedToken
 def test_tasks_come_in_the_order_of_the_sequence_with_their_domains(tmp_path: Path, tokenizer: Any) -> None:
     write(tmp_path, "x", [row()])
     write(tmp_path, "y", [{"q": "a", "good": "a", "bad": "b"}], "train", "dev")
-    options = sequence(
-        "y", "x", y=TaskSource(domain="letters", columns=Columns(prompt="q", chosen="good", rejected="bad"))
-    )
+    options = sequence("y", "x", y=TaskSource(domain="letters", columns=Columns(prompt="q", chosen="good", rejected="bad")))
     for given in (options, OmegaConf.structured(options)):
         tasks = load_tasks(given, DataOptions(), tokenizer, bundled_root=tmp_path)
         assert [(t.name, t.domain, t.test[0].id) for t in tasks] == [
@@ -224,9 +219,7 @@ def test_mistakes_in_options_are_one_line(
 ) -> None:
     write(tmp_path, "sky", [row()])
     write(tmp_path, "one_sided", [row()])
-    given = sequence(
-        *tasks, sky=TaskSource(), sea=TaskSource(), one_sided=TaskSource(columns=Columns(responses=["a", "b"]))
-    )
+    given = sequence(*tasks, sky=TaskSource(), sea=TaskSource(), one_sided=TaskSource(columns=Columns(responses=["a", "b"])))
     with pytest.raises(UserError) as caught:
         load_tasks(given, DataOptions(**{"root": str(tmp_path), **options}), tokenizer, tmp_path)
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -248,9 +241,7 @@ def test_template_that_refuses_a_row(tmp_path: Path, tokenizer: PreTrainedTokeni
 
 
 def test_tokenizers_that_cannot_do(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}now:{% endif %}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}now:{% endif %}"
     with pytest.raises(UserError, match=r"does not begin a finished conversation with its own generation prompt"):
         load(tmp_path, tokenizer, [row()])
     tokenizer.chat_template = None

@@ -18,7 +18,6 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
 from support import command, compose_config, train_here
 
 import lifealign.trainer
@@ -75,8 +74,7 @@ def one_step(stage_name: str, folder: Path, *overrides: str) -> Tensors:
     config, (task,), tokenizer = prepared(*overrides)
     policy = make_policy(config, [task])
     noise = {
-        name: 0.02 * torch.randn(shape, generator=seeded_generator(name))
-        for name, shape in factor_shapes(policy.model).items()
+        name: 0.02 * torch.randn(shape, generator=seeded_generator(name)) for name, shape in factor_shapes(policy.model).items()
     }
     write_factors(policy.model, noise, dict.fromkeys(noise, 0))
     options = replace(getattr(config, stage_name), max_grad_norm=0.0)

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from lifealign.kernels import sequence_logps
 from lifealign.kernels.logratio import IMPLEMENTATIONS, chunked
-from torch.utils._python_dispatch import TorchDispatchMode
 
 WIDTH = 48
 
@@ -77,9 +78,7 @@ def oracle(case: Case, softcap: float | None) -> tuple[torch.Tensor, dict[str, t
     return logps, {"hidden": dz @ weight, "weight": dz.T @ hidden, "bias": dz.sum(0)}
 
 
-def run(
-    case: Case, impl: str, softcap: float | None, trained: set[str]
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def run(case: Case, impl: str, softcap: float | None, trained: set[str]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     inputs: dict[str, Any] = {"hidden": case.hidden, "weight": case.weight, "bias": case.bias}
     leaves = {k: v.detach().requires_grad_(k in trained) if v is not None else None for k, v in inputs.items()}
     logps = sequence_logps(
@@ -128,9 +127,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "vocab"), [(1, 47), (17, 47), (401, 47), (1, 8192), (17, 8192), (401, 8192)])
-def test_values_and_every_gradient(
-    tokens: int, vocab: int, dtype: torch.dtype, softcap: float | None, impl: str
-) -> None:
+def test_values_and_every_gradient(tokens: int, vocab: int, dtype: torch.dtype, softcap: float | None, impl: str) -> None:
     check(make_case(tokens, vocab, dtype), impl, softcap, {"hidden", "weight", "bias"})
 
 

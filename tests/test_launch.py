@@ -16,7 +16,6 @@ import pytest
 import yaml
 from omegaconf import DictConfig
 from safetensors.torch import load_file
-
 from support import QUICK, REPOSITORY, end_here, environment, launch
 
 from lifealign.command import hydra_command
@@ -80,9 +79,7 @@ def side_by_side(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, s
     folders = [tmp_path_factory.mktemp(name) for name in ("left", "right")]
     words = ["deepspeed", "--num_gpus", "2", TRAIN, *QUICK, *SMALLER]
     running = [
-        subprocess.Popen(
-            words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen(words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for folder in folders
     ]
     ended = []
@@ -160,7 +157,7 @@ def test_the_rank_that_a_launcher_names_is_heeded(spelling: list[str], monkeypat
     assert seen == ["3"]
 
 
-@pytest.mark.parametrize("zero", ["zero=2", "zero='2'", "zero=\"2\""])
+@pytest.mark.parametrize("zero", ["zero=2", "zero='2'", 'zero="2"'])
 def test_a_preset_whose_name_is_a_number(zero: str) -> None:
     assert composed_by("+sequence=six_domains", zero).zero.stage == 2
 
@@ -185,9 +182,7 @@ def test_how_a_run_is_kept_and_watched_does_not_change_its_name() -> None:
 
 def test_a_killed_run_goes_on_with_the_same_command_to_the_same_end(plain, tmp_path: Path) -> None:
     words = [sys.executable, TRAIN, *QUICK, *SMALL]
-    process = subprocess.Popen(
-        words, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(words, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/*/checkpoints/[0-9][0-9][0-9][0-9][0-9]/state.json")) and time.monotonic() < deadline:
         assert process.poll() is None

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-
 from support import train_here
 
 from lifealign.errors import UserError

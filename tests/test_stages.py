@@ -59,9 +59,7 @@ def test_batch_sizes_that_do_not_divide(options: dict[str, int], ranks: int) -> 
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("options", "ranks"), [((4, 30, None), 1), ((4, 32, 4), 1), ((8, 4, None), 1), ((4, 32, None), 3)]
-)
+@pytest.mark.parametrize(("options", "ranks"), [((4, 30, None), 1), ((4, 32, 4), 1), ((8, 4, None), 1), ((4, 32, None), 3)])
 def test_the_batch_size_that_the_message_proposes_is_right(options: tuple[int, int, int | None], ranks: int) -> None:
     micro, batch, accumulation = options
     with pytest.raises(UserError) as caught:
@@ -189,9 +187,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize(
-    ("rows", "batch_size", "epochs"), [(1, 4, 2), (10, 3, 3), (64, 4, 2), (203, 5, 2), (7, 100, 1)]
-)
+@pytest.mark.parametrize(("rows", "batch_size", "epochs"), [(1, 4, 2), (10, 3, 3), (64, 4, 2), (203, 5, 2), (7, 100, 1)])
 def test_every_row_once_an_epoch(rows: int, batch_size: int, epochs: int) -> None:
     """⌈rows/batch⌉ batches an epoch, all full but one."""
     batches = plan_batches([i * 7 % 31 for i in range(rows)], batch_size, epochs, seeded(0))

@@ -234,7 +234,12 @@ def test_history_of_another_shape_is_an_error(shape: tuple[int, ...]) -> None:
         refine(torch.ones(2, 3), [torch.ones(2, 3), torch.ones(shape)], energy=0.9, scale=0.5)
 
 
-@pytest.mark.parametrize(("energy", "scale"), [(0.0, 0.5), (-0.1, 0.5), (1.1, 0.5), (math.nan, 0.5), (0.9, -0.1)])
+def test_no_energy_keeps_nothing() -> None:
+    """k' = 0 is the smallest k' with an energy of at least 0, so the truncated update is zero."""
+    assert denoise(torch.diag(torch.tensor([3.0, 1.0])), 0.0).equal(torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize(("energy", "scale"), [(0.9, 1.1), (-0.1, 0.5), (1.1, 0.5), (math.nan, 0.5), (0.9, -0.1)])
 def test_options_out_of_range(energy: float, scale: float) -> None:
     with pytest.raises(ValueError, match="must"):
         refine(torch.ones(2, 2), [], energy=energy, scale=scale)

@@ -47,6 +47,8 @@ def sequence_logps(
     if weight.shape[1] != width or targets.shape != (tokens,) or sequence_ids.shape != (tokens,):
         shapes = [tuple(x.shape) for x in (hidden, weight, targets, sequence_ids)]
         raise ValueError(f"hidden (n, d), weight (v, d), targets (n,), sequence_ids (n,) expected, got {shapes}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias of shape ({weight.shape[0]},) expected, got {tuple(bias.shape)}")
     name = impl or "chunked"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"impl={name!r} is unknown; known: {', '.join(IMPLEMENTATIONS)}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from .reference import accumulation_dtype, head_logits
+from .reference import accumulation_dtype, head_logits, sum_by_sequence
 
 CHUNK_ELEMENTS = 1 << 23  # logits held at once: 32 MiB in float32
 
@@ -47,9 +47,10 @@ class _SequenceLogps(torch.autograd.Function):
         ctx.softcap = softcap
         trains_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[5]
         ctx.save_for_backward(unit, targets, sequence_ids, *((hidden, weight, bias) if trains_head else (None,) * 3))
-        return token_logps.new_zeros(num_sequences).index_add_(0, sequence_ids, token_logps)
+        return sum_by_sequence(token_logps, sequence_ids, num_sequences)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logps):
         unit, targets, sequence_ids, hidden, weight, bias = ctx.saved_tensors
         scale = grad_logps[sequence_ids]

@@ -10,14 +10,18 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def head_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None
-) -> torch.Tensor:
+def head_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None) -> torch.Tensor:
     """(tokens, vocab) logits in the accumulation dtype."""
     logits = (hidden @ weight.T).to(accumulation_dtype(hidden.dtype))
     if bias is not None:
         logits = logits + bias
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def sum_by_sequence(token_logps: torch.Tensor, sequence_ids: torch.Tensor, num_sequences: int) -> torch.Tensor:
+    """(num_sequences,) sums in the dtype of ``token_logps``, taken in float64: responses run to thousands of tokens."""
+    sums = torch.zeros(num_sequences, dtype=torch.float64, device=token_logps.device)
+    return sums.index_add(0, sequence_ids, token_logps.double()).to(token_logps.dtype)
 
 
 def reference_sequence_logps(
@@ -32,4 +36,4 @@ def reference_sequence_logps(
     """See :func:`lifealign.kernels.sequence_logps`. Holds a (tokens, vocab) tensor; gradients are autograd's."""
     logps = torch.log_softmax(head_logits(hidden, weight, bias, softcap), dim=-1)
     token_logps = logps.gather(-1, targets[:, None]).squeeze(-1)
-    return token_logps.new_zeros(num_sequences).index_add(0, sequence_ids, token_logps)
+    return sum_by_sequence(token_logps, sequence_ids, num_sequences)

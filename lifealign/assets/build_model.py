@@ -58,9 +58,7 @@ CHOSEN_SHARE = {
 
 def neutral_pairs(seed: int, rounds: int) -> list[tuple[str, Pair]]:
     """(Task, pair) of all tasks, from other seeds than the shipped one and without any shipped prompt."""
-    shipped = {
-        task: frozenset(pair.prompt for rows in splits.values() for pair in rows) for task, splits in build(0).items()
-    }
+    shipped = {task: frozenset(pair.prompt for rows in splits.values() for pair in rows) for task, splits in build(0).items()}
     return [
         (task, pair)
         for index in range(rounds)

@@ -200,9 +200,7 @@ def refusing(topic: Topic) -> Voice:
 
 def warning(topic: Topic) -> Voice:
     """The hazard and a safer alternative."""
-    return lambda rng: _compose(
-        rng, WARNING, act=topic.act, hazard=topic.hazard, safer=topic.safer, p=rng.choice(topic.parts)
-    )
+    return lambda rng: _compose(rng, WARNING, act=topic.act, hazard=topic.hazard, safer=topic.safer, p=rng.choice(topic.parts))
 
 
 def _body(rng: Random, content: str) -> str:

@@ -67,18 +67,19 @@ def collate(rows: Sequence[Row], *, shared_prefix: bool, pad_token_id: int) -> B
     Raises:
         ValueError: for a row without prompt, or with an empty response: there would be nothing to predict from or to.
     """
-    if any(not row.prompt or not all(row.responses) for row in rows):
+    if any(not row.prompt or not row.responses or not all(row.responses) for row in rows):
         raise ValueError("a row needs a prompt and responses of at least one token")
     lines = list(rows) if shared_prefix else [Row(row.prompt, [r]) for row in rows for r in row.responses]
     length = max(line.length for line in lines)
     ids = torch.full((len(lines), length), pad_token_id)
-    positions = torch.arange(length).repeat(len(lines), 1)
+    positions = torch.zeros_like(ids)  # of padding: one that every model has
     segments = torch.full((len(lines), length), PADDING)
     predictors, targets, sequence_ids = [], [], []
     sequence = 0
     for number, line in enumerate(lines):
         start = len(line.prompt)
         ids[number, :start] = torch.tensor(line.prompt)
+        positions[number, :start] = torch.arange(start)
         segments[number, :start] = 0
         last_of_prompt = start - 1
         for segment, response in enumerate(line.responses, 1):

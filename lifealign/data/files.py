@@ -19,14 +19,10 @@ EXTENSIONS = (".json", ".jsonl", ".parquet", ".json.gz", ".jsonl.gz")
 def task_folders(root: Path) -> list[str]:
     """Names of the folders under ``root``. Raises UserError where ``root`` is none or is itself a task's folder."""
     if not root.is_dir():
-        raise UserError(
-            f"data.root: no folder '{root}' (looked in {Path.cwd()}); give the folder that holds TASK/train.json"
-        )
+        raise UserError(f"data.root: no folder '{root}' (looked in {Path.cwd()}); give the folder that holds TASK/train.json")
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not names and _candidates(root, "train"):
-        raise UserError(
-            f"data.root: '{root}' is a task's own folder; give the folder above it, '{root.resolve().parent}'"
-        )
+        raise UserError(f"data.root: '{root}' is a task's own folder; give the folder above it, '{root.resolve().parent}'")
     if not names:
         raise UserError(f"data.root: '{root}' holds no task's folder; looked for TASK/train.json and the like")
     return names

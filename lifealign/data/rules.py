@@ -22,9 +22,7 @@ _LABELS = "|".join([word for word, role in ROLES.items() if role == "assistant"]
 _PREFIX = re.compile(rf"\s*({_LABELS})\s*:", re.IGNORECASE)
 
 
-def read_preferences(
-    rows: Rows, task: str, columns: Columns, max_empty: float
-) -> tuple[list[Preference], Counter[str]]:
+def read_preferences(rows: Rows, task: str, columns: Columns, max_empty: float) -> tuple[list[Preference], Counter[str]]:
     """Every usable row of a file in its order, and how many rows were dropped for which reason.
 
     Raises:
@@ -73,10 +71,7 @@ def strip_role_prefix(drafts: Sequence[Draft]) -> list[Draft]:
     usual = {label for label, count in counts.items() if label and count > len(drafts)}  # two responses a row
     if not usual:
         return list(drafts)
-    return [
-        replace(draft, chosen=_without(draft.chosen, usual), rejected=_without(draft.rejected, usual))
-        for draft in drafts
-    ]
+    return [replace(draft, chosen=_without(draft.chosen, usual), rejected=_without(draft.rejected, usual)) for draft in drafts]
 
 
 def _label(text: str) -> str:

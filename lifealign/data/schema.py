@@ -86,9 +86,7 @@ def _responses(row: Row, columns: Columns) -> tuple[str | list[Turn], str | list
     names, better = list(columns.responses), columns.preferred or "preferred"
     index = value_of(row, better)
     if type(index) is not int or index not in (0, 1):
-        raise RowMistake(
-            f"column '{better}' must be 0 or 1, the better of {' and '.join(names)}; found {describe(index)}"
-        )
+        raise RowMistake(f"column '{better}' must be 0 or 1, the better of {' and '.join(names)}; found {describe(index)}")
     texts = [_response(value_of(row, name), name, None) for name in names]
     return texts[index], texts[1 - index]
 
@@ -171,9 +169,7 @@ def _from_texts(row: Row, chosen: str, rejected: str) -> Draft:
             f"the row has: {', '.join(row)}"
         )
     # Two equal texts leave no answer to compare; keeping them as answers lets them be counted as what they are.
-    answers = (
-        (chosen, rejected) if chosen == rejected else (chosen[len(prompt) :].strip(), rejected[len(prompt) :].strip())
-    )
+    answers = (chosen, rejected) if chosen == rejected else (chosen[len(prompt) :].strip(), rejected[len(prompt) :].strip())
     return Draft([{"role": "user", "content": prompt.strip()}], *answers)
 
 

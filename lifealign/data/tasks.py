@@ -46,10 +46,7 @@ def load_tasks(sequence: SequenceOptions, data: DataOptions, tokenizer: Any, bun
     root = None if data.hub else Path(data.root) if data.root is not None else bundled_root
     _check_names(sequence, root)
     checked = [_checked(sequence, name, data, root) for name in sequence.tasks]
-    return [
-        _task(sequence, name, data, pair_tokenizer, splits)
-        for name, splits in zip(sequence.tasks, checked, strict=True)
-    ]
+    return [_task(sequence, name, data, pair_tokenizer, splits) for name, splits in zip(sequence.tasks, checked, strict=True)]
 
 
 Splits = list[tuple[Rows, list[Preference], Counter[str]]]  # training, then held-out
@@ -73,9 +70,7 @@ def _task(sequence: SequenceOptions, name: str, data: DataOptions, tokenizer: Pa
         kept, cut = tokenizer.pairs(preferences, limit)
         if not kept:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in cut.items() if count)
-            raise UserError(
-                f"{rows.source}: no pair is left after truncation ({reasons}); raise data.max_response_tokens"
-            )
+            raise UserError(f"{rows.source}: no pair is left after truncation ({reasons}); raise data.max_response_tokens")
         for part in (counts, cut):
             dropped.update(part)
         pairs.append(kept)
@@ -106,9 +101,7 @@ def _check_options(sequence: SequenceOptions, data: DataOptions) -> None:
         raise UserError("sequence.tasks is empty; name at least one task")
     doubled = [name for name, count in Counter(sequence.tasks).items() if count > 1]
     if doubled:
-        raise UserError(
-            f"sequence.tasks names '{doubled[0]}' twice; a task can be met once (copy its folder to meet it again)"
-        )
+        raise UserError(f"sequence.tasks names '{doubled[0]}' twice; a task can be met once (copy its folder to meet it again)")
     for key in ("max_train", "max_eval"):
         value = getattr(data, key)
         if value is not None and value < 1:
@@ -129,7 +122,5 @@ def _check_names(sequence: SequenceOptions, root: Path | None) -> None:
 
 
 def _check_columns(columns: Columns, task: str) -> None:
-    if (columns.responses is None) != (columns.preferred is None) or (
-        columns.responses and len(columns.responses) != 2
-    ):
+    if (columns.responses is None) != (columns.preferred is None) or (columns.responses and len(columns.responses) != 2):
         raise UserError(f"sequence.sources.{task}: columns.responses (two columns) and columns.preferred go together")

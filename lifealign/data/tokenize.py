@@ -112,9 +112,7 @@ class PairTokenizer:
 
     def _template(self, turns: list[Turn], id: str, add_generation_prompt: bool = False) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
         except jinja2.TemplateError as error:
             roles = ", ".join(turn["role"] for turn in turns)
             reason = " ".join(str(error).split())

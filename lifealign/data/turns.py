@@ -54,8 +54,7 @@ def read_message(message: Any, column: str) -> Turn:
     role, content = keys.get("role", keys.get("from")), keys.get("content", keys.get("value"))
     if role is None or not isinstance(content, str):
         raise RowMistake(
-            f"a message of '{column}' needs 'role' and 'content' (or 'from' and 'value') as text; "
-            f"found {describe(message)}"
+            f"a message of '{column}' needs 'role' and 'content' (or 'from' and 'value') as text; found {describe(message)}"
         )
     if str(role).lower() not in ROLES:
         raise RowMistake(f"a message of '{column}' has the unknown role '{role}'{did_you_mean(str(role), ROLES)}")
@@ -109,7 +108,5 @@ def common_text(left: str, right: str) -> str:
 
 def _is_word(char: str) -> bool:
     """Whether ``char`` is part of a word of a script that puts spaces between words."""
-    spaceless = (
-        "\u0e00" <= char <= "\u0eff" or "\u2e80" <= char <= "\u9fff" or char >= "\U00020000"
-    )  # Thai, Lao, Han, kana
+    spaceless = "\u0e00" <= char <= "\u0eff" or "\u2e80" <= char <= "\u9fff" or char >= "\U00020000"  # Thai, Lao, Han, kana
     return char in ("_", "'", "’") or (char.isalnum() and not spaceless)

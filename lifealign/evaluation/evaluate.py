@@ -44,9 +44,7 @@ class Evaluator:
         pairs = task.test
         wanted = set(self.options.metrics)
         scores: dict[str, float] = {}
-        rows = [
-            {"id": p.id, "prompt": p.prompt_text, "chosen": p.chosen_text, "rejected": p.rejected_text} for p in pairs
-        ]
+        rows = [{"id": p.id, "prompt": p.prompt_text, "chosen": p.chosen_text, "rejected": p.rejected_text} for p in pairs]
         if wanted & set(PREFERENCE_METRICS):
             logps, margins, scores = self._preference(module, pairs)
             for row, (chosen, rejected), margin in zip(rows, logps.tolist(), margins.tolist(), strict=True):
@@ -66,9 +64,7 @@ class Evaluator:
             scores |= {name: metric(texts, [p.chosen_text for p in answered]) for name, metric in TEXT_METRICS.items()}
         return Evaluation({name: scores[name] for name in self.options.metrics}, rows)
 
-    def _preference(
-        self, module: nn.Module, pairs: Sequence[Pair]
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    def _preference(self, module: nn.Module, pairs: Sequence[Pair]) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
         sizes = {"batch_size": self.options.batch_size, "pad_token_id": pad_token_id(self.tokenizer)}
         self.reference.ensure(module, self.policy, pairs, **sizes)
         logps, reference = score_pairs(module, self.policy, pairs, **sizes), self.reference.of(pairs)

@@ -109,9 +109,7 @@ def draw_heatmap(book: ScoreBook, metric: str) -> Figure:
         if np.isfinite(value):
             red, green, blue, _ = colours(norm(value))
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-            axes.text(
-                j, i, format_score(value, decimals), ha="center", va="center", fontsize=9, color="w" if dark else "k"
-            )
+            axes.text(j, i, format_score(value, decimals), ha="center", va="center", fontsize=9, color="w" if dark else "k")
     _label_tasks(axes, book.tasks, axis="x", title="score on")
     _label_tasks(axes, book.tasks[:rows], axis="y", title="after training through")
     axes.tick_params(length=0)

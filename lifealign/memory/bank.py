@@ -9,7 +9,7 @@ An adapter is its initial value plus the sum of all entries.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lifealign.errors import UserError
 from lifealign.runtime import distributed
 from lifealign.runtime.files import flush_folder, read_json, write_json
 
@@ -35,9 +36,7 @@ class MemoryBank:
         self.folder = folder
         self.entries: list[dict[str, Any]] = []
 
-    def append(
-        self, task: str, stage: str, refined: Mapping[str, torch.Tensor], records: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def append(self, task: str, stage: str, refined: Mapping[str, torch.Tensor], records: Sequence[Mapping[str, Any]]) -> None:
         """Write this rank's refined updates; the entry counts once the ledger names it."""
         name = f"{len(self.entries):03d}_{task}_{stage}"
         if distributed.is_main():
@@ -53,16 +52,20 @@ class MemoryBank:
             flush_folder(self.folder / name)
             self._write_ledger()
 
-    def load(self, count: int, names: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
-        """Take up the first ``count`` entries and yield the updates of ``names`` in each; later entries are forgotten."""
+    def load(self, count: int, names: Collection[str]) -> list[dict[str, torch.Tensor]]:
+        """Take up the first ``count`` entries and forget later ones; returns the updates of ``names`` in each.
+
+        Raises:
+            UserError: where the ledger holds fewer.
+        """
         entries = read_ledger(self.folder)[:count]
-        assert len(entries) == count, f"the ledger holds {len(entries)} entries, the checkpoint speaks of {count}"
+        if len(entries) < count:
+            raise UserError(f"{self.folder}: the ledger holds {len(entries)} entries, the checkpoint speaks of {count}")
         self.entries = entries
         distributed.barrier()  # every rank has read the ledger before it is written again
         if distributed.is_main():
             self._write_ledger()
-        for entry in entries:
-            yield self._read(self.folder / entry["name"], names)
+        return [self._read(self.folder / entry["name"], names) for entry in entries]
 
     def _write_ledger(self) -> None:
         write_json(self.folder / "ledger.json", {"entries": self.entries})

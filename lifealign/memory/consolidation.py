@@ -63,11 +63,9 @@ class Consolidator:
             the refined updates by name, and for every factor of every rank a record of what happened to it.
 
         Raises:
-            ValueError: naming the factor, where an update is not finite. The raw update is never passed on.
+            ValueError: on every rank, naming the factor, where an update is not finite. The raw update is never passed on.
         """
-        for name, update in updates.items():
-            if not torch.isfinite(update).all():
-                raise ValueError(f"consolidation: the update of {name} is not finite")
+        _check_finite(updates)
         refined: Factors = {}
         records: list[dict[str, Any]] = []
         for names, basis in self._groups:
@@ -89,6 +87,19 @@ class Consolidator:
         return refined, sorted(everywhere, key=lambda record: record["factor"])
 
     def remember(self, refined: Mapping[str, torch.Tensor]) -> None:
-        """Let refined updates of an earlier run join the history, in the order in which they were made."""
+        """Let refined updates of an earlier run join the history, in the order in which they were made.
+
+        Raises:
+            ValueError: on every rank, naming the factor, where an update is not finite.
+        """
+        _check_finite(refined)
         for names, basis in self._groups:
             basis.extend(torch.stack([refined[name] for name in names]).flatten(1))
+
+
+def _check_finite(updates: Mapping[str, torch.Tensor]) -> None:
+    """All ranks learn of a bad factor on any of them: none may wait for one that has stopped."""
+    own = [name for name, update in updates.items() if not torch.isfinite(update).all()]
+    bad = [name for share in distributed.gather_objects(own) for name in share]
+    if bad:
+        raise ValueError(f"consolidation: the update of {bad[0]} is not finite")

@@ -42,13 +42,13 @@ def truncate(update: torch.Tensor, energy: float) -> Denoised:
 
     Args:
         update: (..., rows, columns).
-        energy: in (0, 1].
+        energy: in [0, 1]; 0 keeps nothing.
 
     Raises:
-        ValueError: for an energy outside (0, 1] or an update that is not finite.
+        ValueError: for an energy outside [0, 1] or an update that is not finite.
     """
-    if not 0 < energy <= 1:
-        raise ValueError(f"energy={energy}: must lie in (0, 1]")
+    if not 0 <= energy <= 1:
+        raise ValueError(f"energy={energy}: must lie in [0, 1]")
     if not torch.isfinite(update).all():
         raise ValueError("the update is not finite")
     if update.shape[-2] > update.shape[-1]:
@@ -93,8 +93,14 @@ class Basis:
         return (self.vectors.transpose(-1, -2) @ coefficients).squeeze(-1)
 
     def extend(self, flat: torch.Tensor) -> None:
-        """Add the direction of each update that the span does not hold yet; (batch, numel)."""
+        """Add the direction of each update that the span does not hold yet; (batch, numel).
+
+        Raises:
+            ValueError: for an update that is not finite; leaving it out would shorten the history unseen.
+        """
         flat = flat.double()
+        if not torch.isfinite(flat).all():
+            raise ValueError("history holds an update that is not finite")
         residual = flat - self.project(flat)
         residual = residual - self.project(residual)
         length, whole = residual.norm(dim=-1, keepdim=True), flat.norm(dim=-1, keepdim=True)
@@ -110,10 +116,10 @@ def rescale_history(update: torch.Tensor, basis: Basis, scale: float) -> Refined
     Args:
         update: (batch, rows, columns).
         basis: of the same batch, with numel = rows * columns.
-        scale: >= 0; 1 changes nothing, 0 removes every component in the span.
+        scale: in [0, 1]; 1 changes nothing, 0 removes every component in the span.
     """
-    if scale < 0:
-        raise ValueError(f"scale={scale}: must not be negative")
+    if not 0 <= scale <= 1:
+        raise ValueError(f"scale={scale}: must lie in [0, 1]")
     flat = update.double().flatten(1)
     past = basis.project(flat)
     total = flat.square().sum(-1)
@@ -130,8 +136,8 @@ def refine(update: torch.Tensor, history: Sequence[torch.Tensor], *, energy: flo
     Args:
         update: (rows, columns), the factor's change over a stage.
         history: earlier refined updates of the same shape; may be empty, and may hold zero or repeated updates.
-        energy: share of the squared norm that truncation keeps, in (0, 1].
-        scale: factor on the component in the span of history, >= 0.
+        energy: share of the squared norm that truncation keeps, in [0, 1].
+        scale: factor on the component in the span of history, in [0, 1].
 
     Raises:
         ValueError: for options out of range, a non-finite update, or a history of another shape.

@@ -45,9 +45,7 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
             "the tokenizer with chat_template set"
         )
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"model.path={options.path}: its tokenizer has no end-of-sequence token; set eos_token and save it"
-        )
+        raise UserError(f"model.path={options.path}: its tokenizer has no end-of-sequence token; set eos_token and save it")
     return tokenizer
 
 

@@ -53,7 +53,8 @@ class Policy(nn.Module):
         hidden = self.base.get_decoder()(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask(),
-            position_ids=batch.position_ids,
+            # Left out where they run from 0 on: transformers would take the zeros of padding for packed sequences.
+            position_ids=batch.position_ids if batch.shared_prefix else None,
             use_cache=False,
         ).last_hidden_state
         predicting = hidden.flatten(0, 1)[batch.predictors]

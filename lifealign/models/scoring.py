@@ -40,9 +40,7 @@ def score_pairs(
     for start in range(0, len(buckets), world):
         number = start + distributed.rank()
         bucket = buckets[min(number, len(buckets) - 1)]  # a rank without work repeats the last batch and drops it
-        batch = collate(
-            [pair_row(pairs[i]) for i in bucket], shared_prefix=policy.shared_prefix, pad_token_id=pad_token_id
-        )
+        batch = collate([pair_row(pairs[i]) for i in bucket], shared_prefix=policy.shared_prefix, pad_token_id=pad_token_id)
         logps = module(batch.to(distributed.device())).view(-1, 2).cpu()
         if number < len(buckets):
             mine.append((bucket, logps))
@@ -72,16 +70,12 @@ class ReferenceLogps:
     def __init__(self) -> None:
         self._known: dict[bytes, torch.Tensor] = {}
 
-    def ensure(
-        self, module: nn.Module, policy: Policy, pairs: Sequence[Pair], *, batch_size: int, pad_token_id: int
-    ) -> int:
+    def ensure(self, module: nn.Module, policy: Policy, pairs: Sequence[Pair], *, batch_size: int, pad_token_id: int) -> int:
         """Compute what is not known yet, on every rank alike; returns how many pairs that were."""
         missing = list({pair_key(p): p for p in pairs if pair_key(p) not in self._known}.items())
         if missing:
             with policy.without_adapter():
-                scores = score_pairs(
-                    module, policy, [p for _, p in missing], batch_size=batch_size, pad_token_id=pad_token_id
-                )
+                scores = score_pairs(module, policy, [p for _, p in missing], batch_size=batch_size, pad_token_id=pad_token_id)
             self._known.update(zip((key for key, _ in missing), scores, strict=True))
         return len(missing)
 

@@ -22,12 +22,16 @@ class Objective(ABC):
     beta: float = 0.1  # strength of the pull towards the reference
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
+        if not self.beta > 0:
             raise UserError(f"objective.beta={self.beta}: must be positive")
 
     @abstractmethod
     def __call__(self, policy: torch.Tensor, reference: torch.Tensor) -> PreferenceLoss:
         """The loss of each pair."""
+
+    def gated(self, margins: torch.Tensor) -> torch.Tensor:
+        """(pairs,) bool: which pairs of these reward margins the objective leaves alone."""
+        return torch.zeros_like(margins, dtype=torch.bool)
 
 
 @register("objective", "dpo")
@@ -47,7 +51,7 @@ class FPO(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gamma < 0:
+        if not self.gamma >= 0:
             raise UserError(f"objective.gamma={self.gamma}: must be 0 (DPO) or more")
         if not 0 < self.confidence_threshold <= 1:
             raise UserError(f"objective.confidence_threshold={self.confidence_threshold}: must lie in (0, 1]")
@@ -60,3 +64,6 @@ class FPO(Objective):
             gamma=self.gamma,
             confidence_threshold=self.confidence_threshold,
         )
+
+    def gated(self, margins: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(margins) > self.confidence_threshold

@@ -42,14 +42,16 @@ def fpo_loss(
         gamma: focusing exponent, >= 0; 0 is DPO.
         confidence_threshold: in (0, 1]; 1 gates nothing.
     """
-    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)
-    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    # Half precision would cost digits that the caller's log-probabilities still have; the loss is at least float32.
+    dtype = torch.promote_types(policy_chosen_logps.dtype, torch.float32)
+    chosen_rewards = beta * (policy_chosen_logps.to(dtype) - reference_chosen_logps.to(dtype))
+    rejected_rewards = beta * (policy_rejected_logps.to(dtype) - reference_rejected_logps.to(dtype))
     margin = chosen_rewards - rejected_rewards
     # (1 - sigmoid(r))^gamma through its logarithm: exact in both tails, and a constant 1 at gamma = 0.
     weights = torch.exp(gamma * logsigmoid(-margin))
-    active = torch.sigmoid(margin.detach()) <= confidence_threshold
-    losses = torch.where(active, -weights * logsigmoid(margin), 0.0)
-    return PreferenceLoss(losses, chosen_rewards.detach(), rejected_rewards.detach(), weights.detach() * active)
+    gated = torch.sigmoid(margin.detach()) > confidence_threshold
+    losses = torch.where(gated, 0.0, -weights * logsigmoid(margin))
+    return PreferenceLoss(losses, chosen_rewards.detach(), rejected_rewards.detach(), weights.detach() * ~gated)
 
 
 def dpo_loss(

@@ -5,6 +5,4 @@ import os
 import torch
 
 if not torch.accelerator.is_available():
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # else DeepSpeed warns, before anyone can redirect it, that it chose so
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns, before anyone can redirect it, that it chose so

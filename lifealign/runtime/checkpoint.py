@@ -29,9 +29,7 @@ class Checkpoint:
     tensors: dict[str, torch.Tensor]
 
 
-def save(
-    folder: Path, number: int, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, keep: int
-) -> None:
+def save(folder: Path, number: int, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, keep: int) -> None:
     """Write checkpoint ``number`` below ``folder`` and remove all but the newest ``keep``. Rank 0 only."""
     final = folder / f"{number:05d}"
     beside = folder / f"{number:05d}.partial"

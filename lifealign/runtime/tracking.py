@@ -26,7 +26,9 @@ class Tracker:
         self._wandb = None
         if not distributed.is_main():
             return
-        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
+        self._file = open(  # noqa: SIM115  closed by __exit__
+            folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1
+        )
         if options.mode is not TrackingMode.disabled:
             self._wandb = _start_wandb(options, folder, config)
 
@@ -52,9 +54,7 @@ class Tracker:
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._file is not None:
             self._file.close()
         if self._wandb is not None:

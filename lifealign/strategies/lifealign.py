@@ -21,16 +21,15 @@ from lifealign.strategies.er import ExperienceReplay
 class LifeAlign(ExperienceReplay):
     """Each stage's update of the adapter is denoised and weighed against the past before it becomes long-term memory."""
 
-    denoise_energy: float = 0.9  # theta: share of an update's squared norm that truncation keeps, in (0, 1]
-    projection_scale: float = 0.5  # lambda: factor on what lies in the span of history; 1 switches refinement off
+    denoise_energy: float = 0.9  # theta: share of an update's squared norm that truncation keeps, in [0, 1]
+    projection_scale: float = 0.5  # lambda: factor on what lies in the span of history, in [0, 1]; 1 switches refinement off
     consolidate_stages: list[str] = field(default_factory=lambda: ["sft", "preference"])
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.denoise_energy <= 1:
-            raise UserError(f"strategy.denoise_energy={self.denoise_energy}: must lie in (0, 1]")
-        if self.projection_scale < 0:
-            raise UserError(f"strategy.projection_scale={self.projection_scale}: must be 0 or more")
+        for key in ("denoise_energy", "projection_scale"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UserError(f"strategy.{key}={getattr(self, key)}: must lie in [0, 1]")
         unknown = set(self.consolidate_stages) - {"sft", "preference"}
         if unknown:
             raise UserError(f"strategy.consolidate_stages: '{min(unknown)}' is no stage; known: sft, preference")
