@@ -23,6 +23,7 @@ from omegaconf import DictConfig  # noqa: E402
 
 from lifealign.command import conf_dir, prepare_arguments  # noqa: E402
 from lifealign.run import train  # noqa: E402
+from lifealign.runtime import distributed  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -64,11 +65,15 @@ class Ended(NamedTuple):
 
 
 def end_here(main: Callable[[], object], *arguments: str) -> Ended:
-    """Call what a launcher calls, in this process, with these arguments."""
+    """Call what a launcher calls, in this process, with these arguments.
+
+    The process group stays: DeepSpeed holds on to the first one of a process.
+    """
     out, err, code = StringIO(), StringIO(), 0
     GlobalHydra.instance().clear()
     argv = mock.patch.object(sys, "argv", ["command.py", *arguments])
-    with argv, mock.patch.dict(os.environ), redirect_stdout(out), redirect_stderr(err):
+    stays = mock.patch.object(distributed, "stop")
+    with argv, stays, redirect_stdout(out), redirect_stderr(err):
         try:
             main()
         except SystemExit as ending:

@@ -24,8 +24,6 @@ from lifealign.data.options import Columns, HubSource, SequenceOptions, TaskSour
 
 PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")])
 PRESETS = sorted(f"{path.parent.name}={path.stem}" for path in conf_dir().glob("*/*.yaml"))
-BOUND_BY_SEQUENCE = ("sequence",)
-"""Keys whose values come from the chosen sequence: they have no default of their own to compare with."""
 
 
 def fenced(page: Path, language: str) -> list[str]:
@@ -71,14 +69,15 @@ def test_defaults_are_those_of_a_run_without_overrides() -> None:
     values = OmegaConf.to_container(composed, enum_to_str=True)
     wrong = []
     for keys, default in documented():
-        for key in keys:
-            if key.split(".")[0] in BOUND_BY_SEQUENCE:
-                continue
+        if keys[0].startswith("sequence."):  # the chosen sequence gives these
+            continue
+        written = re.findall(r"`([^`]*)`", default)  # one for all keys of the row, or one for each
+        for key, text in zip(keys, written * len(keys) if len(written) == 1 else written, strict=True):
             value = values
             for part in key.split("."):
                 value = value[part]
-            if yaml.safe_load(default.strip("`")) != value:
-                wrong.append(f"{key}: the page says {default}, a run gets {value}")
+            if yaml.safe_load(text) != value:
+                wrong.append(f"{key}: the page says {text}, a run gets {value}")
     assert wrong == []
 
 
@@ -89,7 +88,8 @@ def test_every_group_and_preset_is_documented() -> None:
     text = (REPOSITORY / "docs" / "configuration.md").read_text(encoding="utf-8")
     groups = text.split("## Groups")[1].split("\n## ")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", groups, re.MULTILINE)) == group_names()
-    assert sorted(set(re.findall(r"`(\w+=\w+)`", groups))) == PRESETS
+    tables = "".join(line for line in groups.splitlines() if line.startswith("|"))
+    assert sorted(re.findall(r"`(\w+=\w+)`", tables)) == PRESETS
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -105,12 +105,9 @@ def test_every_preset_composes(preset: str) -> None:
 # Commands and links
 
 
-def commands() -> Iterator[tuple[str, list[str]]]:
-    """Every command line of a shell block: its page and its words."""
-    for page in PAGES:
-        for block in fenced(page, "sh"):
-            for line in block.splitlines():
-                yield page.name, shlex.split(line)
+def commands() -> list[list[str]]:
+    """The words of every command line in a shell block."""
+    return [shlex.split(line) for page in PAGES for block in fenced(page, "sh") for line in block.splitlines()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -122,7 +119,7 @@ def test_commands_name_files_that_exist(page: Path) -> None:
 def test_commands_compose() -> None:
     """What stands behind train.py and validate.py are overrides that are accepted; of a sweep, its first job."""
     checked = 0
-    for page, words in commands():
+    for words in commands():
         script = next((word for word in words if word in ("launch/train.py", "launch/validate.py")), None)
         if script is None:
             continue

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig
 from safetensors.torch import load_file
-from support import QUICK, REPOSITORY, end_here, environment, launch
+from support import QUICK, REPOSITORY, command, end_here, environment, launch
 
 from lifealign.command import hydra_command
 from lifealign.config import run_name
@@ -152,7 +152,8 @@ def test_what_a_launcher_adds_is_taken_out(spelling: list[str], first: bool) -> 
 @pytest.mark.parametrize("spelling", [["--local_rank=3"], ["--local-rank=3"], ["--local_rank", "3"], ["--local-rank", "3"]])
 def test_the_rank_that_a_launcher_names_is_heeded(spelling: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "0")  # so that it is put back afterwards
+    monkeypatch.delenv("LOCAL_RANK")
     end_here(lambda: hydra_command(lambda _: seen.append(os.environ["LOCAL_RANK"])), "+sequence=six_domains", *spelling)
     assert seen == ["3"]
 
@@ -205,19 +206,15 @@ def test_a_killed_run_goes_on_with_the_same_command_to_the_same_end(plain, tmp_p
 
 def test_a_sweep_makes_a_run_directory_a_job(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
-    ended = launch(
-        [sys.executable],
-        *SMALLER,
-        "-m",
-        "objective.confidence_threshold=0.6,0.95",
-        f"hydra.sweep.dir={sweep}",
-        cwd=tmp_path,
+    thresholds = "objective.confidence_threshold=0.6,0.95"
+    ended = command(
+        sys.executable, TRAIN, "-m", *QUICK, *SMALLER, thresholds, f"hydra.sweep.dir={sweep}", cwd=tmp_path
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert ended.stderr == ""
     runs = [path.parent for path in sweep.glob("*/config.yaml")]
-    thresholds = [yaml.safe_load((run / "config.yaml").read_text())["objective"]["confidence_threshold"] for run in runs]
-    assert sorted(thresholds) == [0.6, 0.95]
+    settings = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs]
+    assert sorted(values["objective"]["confidence_threshold"] for values in settings) == [0.6, 0.95]
     for run in runs:
         check_written_once(run)
         assert (run / "report" / "index.html").exists()
@@ -233,9 +230,9 @@ def test_a_job_with_a_mistake_leaves_the_others_to_finish(
     monkeypatch.chdir(tmp_path)
     ended = end_here(
         lambda: hydra_command(train),
+        "-m",
         *QUICK,
         *SMALLER,
-        "-m",
         f"strategy.denoise_energy={energies}",
         f"hydra.sweep.dir={tmp_path / 'sweep'}",
     )

@@ -71,9 +71,9 @@ def test_a_finished_run_is_not_run_again(uninterrupted: Path) -> None:
 
 def test_other_settings_are_refused_and_force_accepts_them(uninterrupted: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
-    with pytest.raises(UserError, match=r"sft\.lr: 0\.001 -> 0\.002.*resume=force"):
-        train_here(folder, "sft.lr=0.002")
-    train_here(folder, "sft.lr=0.002", "resume=force")
+    with pytest.raises(UserError, match=r"sft\.lr: 0\.002 -> 0\.003.*resume=force"):
+        train_here(folder, "sft.lr=0.003")
+    train_here(folder, "sft.lr=0.003", "resume=force")
 
 
 def test_never_refuses_a_directory_that_holds_a_run(uninterrupted: Path) -> None:

@@ -62,9 +62,9 @@ def load_base(options: ModelOptions, deepspeed_config: dict[str, Any]) -> PreTra
     # transformers looks for this object while it loads, and drops it again with the last reference.
     zero3 = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config["zero_optimization"]["stage"] == 3 else None
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve_path(options), dtype=getattr(torch, options.dtype.value), attn_implementation="sdpa"
-        )
+        # The attention implementation is transformers' choice, SDPA where the architecture has it; choose_layout looks
+        # at what it does.
+        model = AutoModelForCausalLM.from_pretrained(resolve_path(options), dtype=getattr(torch, options.dtype.value))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"model.path={options.path}: no causal language model could be loaded ({_first_line(error)})"
