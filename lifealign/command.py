@@ -28,6 +28,9 @@ from lifealign.runtime import distributed
 KNOWN = (UserError, TrainingDiverged, HydraException, OmegaConfBaseException)
 """What is told in one line."""
 
+FREE_KEYS = ("zero.settings.", "sequence.sources.")
+"""Beginnings of keys that a user may add."""
+
 GRACE_SECONDS = 10.0
 """How long other ranks leave rank 0 to tell the user what is wrong: a launcher ends all ranks when the first one exits."""
 
@@ -92,7 +95,7 @@ def prepare_arguments(arguments: Iterable[str]) -> list[str]:
     """
     prepared = [_group_override(argument) for argument in without_local_rank(arguments)]
     if not distributed.is_main():
-        nowhere = Path(tempfile.gettempdir()) / f"lifealign-rank-{os.getpid()}"
+        nowhere = Path(tempfile.gettempdir()) / "lifealign-unread"
         prepared += [f"hydra.run.dir={nowhere}", f"hydra.sweep.dir={nowhere}"]
     return prepared
 
@@ -172,6 +175,8 @@ def _composition_line(error: Exception, cause: BaseException, first: str) -> str
     key = getattr(cause, "full_key", None) or getattr(cause, "key", None)
     if "not in" in detail and str(key) in all_keys():
         return f"'{key}' is not an option of the {str(key).split('.')[0]} that was chosen"
+    if "not in" in detail and str(key).startswith(FREE_KEYS):
+        return f"'{key}' is new; add it with a plus sign: +{key}=VALUE"
     if "not in" in detail and key is not None:
         return f"'{key}' is no key of the configuration{did_you_mean(str(key), all_keys())}"
     if "No match in the defaults list" in first:

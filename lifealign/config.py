@@ -89,6 +89,10 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> DictConfig:
     held = folder / "config.yaml"
     if not held.exists():
         raise UserError(f"{folder} holds no run: there is no config.yaml in it")
+    for override in overrides:
+        key = override.split("=")[0]
+        if "=" not in override or key in Config.__dataclass_fields__ and key not in ("seed", "resume"):
+            raise UserError(f"'{override}': give single keys of the run's configuration, such as evaluation.batch_size=8")
     values = OmegaConf.load(held)
     composed = OmegaConf.structured(Config)
     for group in COMPONENTS:

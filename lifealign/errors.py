@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+LISTED = 20
+"""More names than this are not listed in a message of one line."""
+
+
 class UserError(ValueError):
     """A mistake in what the user gave: a key, a file, a row. Its text is one line that names the place and the fix.
 
@@ -21,7 +25,9 @@ class TrainingDiverged(RuntimeError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the nearest known word, or ``"; known: a, b"`` where none is near."""
+    """``"; did you mean 'x'?"`` for the nearest known word, or ``"; known: a, b"`` where none is near and they are few."""
     names = sorted(str(k) for k in known)
     near = get_close_matches(word, names, n=1, cutoff=0.6)
-    return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(names)}"
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; known: {', '.join(names)}" if len(names) <= LISTED else ""

@@ -206,12 +206,13 @@ class Lifelong:
         """Take up the newest checkpoint, where there is one."""
         found = checkpoint.newest(self.folder / "checkpoints")
         if found is None:
+            self.tracker.rewind(0)  # a run that never came to its first checkpoint starts over
             return
         state, parts = found.state, _by_prefix(found.tensors)
         self._check_data(state["data"])
         self.position = Position(state["task"], state["phase"])
         self.steps = state["steps"]
-        self.book = ScoreBook.from_json(state["scores"])
+        self.book = self._extended(ScoreBook.from_json(state["scores"]))
         self.timing.update(state["timing"])
         write_factors(self.policy.model, parts["adapter"], dict.fromkeys(parts["adapter"], 0))
         self.reference.load_state_dict(parts["reference"])
@@ -219,8 +220,15 @@ class Lifelong:
         self.tracker.rewind(state["metrics_bytes"])
         log.info("resumed at task %d, %s", self.position.task + 1, self.position.phase)
 
+    def _extended(self, before: ScoreBook) -> ScoreBook:
+        """Scores of a run that may go on with tasks added to its sequence; the tasks it has met stay as they were."""
+        try:
+            return before.extended(self.book.tasks)
+        except ValueError as error:
+            raise UserError(f"sequence.tasks: {error}; a run can only be given further tasks at the end") from error
+
     def _check_data(self, before: dict[str, str]) -> None:
-        changed = [t.name for t in self.tasks if before.get(t.name) != t.data_hash]
+        changed = [t.name for t in self.tasks if t.name in before and before[t.name] != t.data_hash]
         if changed and self.config.resume.value != "force":
             raise UserError(
                 f"{self.folder}: the rows of task '{changed[0]}' are not those that the interrupted run was trained on; "

@@ -53,6 +53,7 @@ def estimate(config: Config, tasks: int) -> Estimate:
     """Memory and disk of a run, from the shapes of a model without weights."""
     with init_empty_weights():
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve_path(config.model)))
+        skeleton.tie_weights()
         base = sum(p.numel() for p in skeleton.parameters())
         model = attach_lora(skeleton, config.model.lora, seed=config.seed)
     factors = sum(shape.numel() for shape in factor_shapes(model).values())

@@ -207,9 +207,7 @@ def test_a_killed_run_goes_on_with_the_same_command_to_the_same_end(plain, tmp_p
 def test_a_sweep_makes_a_run_directory_a_job(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     thresholds = "objective.confidence_threshold=0.6,0.95"
-    ended = command(
-        sys.executable, TRAIN, "-m", *QUICK, *SMALLER, thresholds, f"hydra.sweep.dir={sweep}", cwd=tmp_path
-    )
+    ended = command(sys.executable, TRAIN, "-m", *QUICK, *SMALLER, thresholds, f"hydra.sweep.dir={sweep}", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert ended.stderr == ""
     runs = [path.parent for path in sweep.glob("*/config.yaml")]

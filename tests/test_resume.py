@@ -79,3 +79,31 @@ def test_other_settings_are_refused_and_force_accepts_them(uninterrupted: Path, 
 def test_never_refuses_a_directory_that_holds_a_run(uninterrupted: Path) -> None:
     with pytest.raises(UserError, match=r"holds a run already"):
         train_here(uninterrupted, "resume=never")
+
+
+def test_a_run_that_never_came_to_a_checkpoint_starts_over(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: Lifelong) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr(Lifelong, "_save", stop)
+    with pytest.raises(Interrupted):
+        train_here(tmp_path / "run")
+    monkeypatch.undo()
+    assert rows(tmp_path / "run")
+    train_here(tmp_path / "run")
+    assert rows(tmp_path / "run") == rows(uninterrupted)
+
+
+def test_a_finished_run_goes_on_with_a_task_added(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    before = json.loads((folder / "scores.json").read_text())["metrics"]["chosen_nll"]["matrix"]
+    train_here(folder, "sequence.tasks=[instruct,hc3,truthfulqa]", "resume=force")
+    scores = json.loads((folder / "scores.json").read_text())
+    after = scores["metrics"]["chosen_nll"]["matrix"]
+    assert scores["tasks"] == ["instruct", "hc3", "truthfulqa"]
+    assert [row[:2] for row in after[:2]] == before
+    assert all(isinstance(value, float) for value in after[2])
+    with pytest.raises(UserError, match=r"sequence\.tasks: .* does not begin with"):
+        train_here(folder, "sequence.tasks=[hc3,instruct,truthfulqa]", "resume=force")

@@ -180,6 +180,16 @@ class ScoreBook:
             book._read_matrix(metric, entry["matrix"])
         return book
 
+    def extended(self, tasks: Sequence[str]) -> ScoreBook:
+        """The same scores in a book of a longer sequence.
+
+        Raises:
+            ValueError: where ``tasks`` does not begin with the tasks of this book.
+        """
+        if list(tasks[: len(self.tasks)]) != self.tasks:
+            raise ValueError(f"the sequence {list(tasks)} does not begin with {self.tasks}")
+        return ScoreBook(list(tasks), {metric: dict(cells) for metric, cells in self._cells.items()})
+
     def _read_matrix(self, metric: str, matrix: Matrix) -> None:
         self._cells[metric] = {}
         for after, row in enumerate(matrix):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Mapping
@@ -33,10 +34,14 @@ class Tracker:
             self._wandb = _start_wandb(options, folder, config)
 
     def log(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Write one row; ``kind`` says what it describes: "step", "consolidation", "evaluation"."""
+        """Write one row; ``kind`` says what it describes: "step", "consolidation", "evaluation".
+
+        A number that is not finite becomes null: JSON has no other way to say it.
+        """
         if self._file is None:
             return
-        self._file.write(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps({"kind": kind, **plain}, allow_nan=False) + "\n")
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))})
 

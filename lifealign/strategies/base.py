@@ -73,6 +73,8 @@ class Strategy:
     def loss_terms(self, context: Context, batch: Batch, logps: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """Named scalars added to the loss of a micro-batch and logged under their names.
 
+        Under ZeRO-3 a factor may stand partitioned here; read it inside ``lifealign.models.policy.gathered``.
+
         Args:
             logps: (num_sequences,) log-probabilities of the batch, differentiable.
 
