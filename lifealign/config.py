@@ -91,7 +91,7 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> DictConfig:
         raise UserError(f"{folder} holds no run: there is no config.yaml in it")
     for override in overrides:
         key = override.split("=")[0]
-        if "=" not in override or key in Config.__dataclass_fields__ and key not in ("seed", "resume"):
+        if "=" not in override or (key in Config.__dataclass_fields__ and key not in ("seed", "resume")):
             raise UserError(f"'{override}': give single keys of the run's configuration, such as evaluation.batch_size=8")
     values = OmegaConf.load(held)
     composed = OmegaConf.structured(Config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-
 LISTED = 20
 """More names than this are not listed in a message of one line."""
 

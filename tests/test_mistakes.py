@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import lifealign.trainer
 from support import QUICK, REPOSITORY, Ended, command, end_here, launch, train_here
 
+import lifealign.trainer
 from lifealign.assets import SIX_DOMAINS, TINY_MODEL
 from lifealign.command import hydra_command
 from lifealign.errors import TrainingDiverged

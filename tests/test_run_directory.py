@@ -12,9 +12,8 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from support import QUICK, compose_config, train_here
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lifealign.assets import TINY_MODEL
 from lifealign.config import build, load_run, resolved
@@ -212,9 +211,7 @@ def test_plain_peft_opens_the_adapter_and_gives_the_log_probabilities_that_were_
         prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         turns.append({"role": "assistant", "content": answer})
         whole = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
-        before, after = (
-            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole[len(prompt) :])
-        )
+        before, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole[len(prompt) :]))
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([before + after])).logits[0].double()
         tokens = logits.log_softmax(-1)[len(before) - 1 : -1].gather(-1, torch.tensor(after)[:, None])
