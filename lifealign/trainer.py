@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,8 +120,8 @@ class Trainer:
 
     def _check_finite(self, values: Mapping[str, float], number: int, *, taken: bool = False) -> None:
         """All ranks hold the same values, so all of them stop, or none; ``taken`` says whether the step was."""
-        if not all(map(_is_finite, values.values())):
-            bad = next(k for k, v in values.items() if not _is_finite(v))
+        if not all(map(math.isfinite, values.values())):
+            bad = next(k for k, v in values.items() if not math.isfinite(v))
             raise TrainingDiverged(
                 f"{bad} is {values[bad]} at step {number + 1} of the {self.stage.name} stage of task "
                 f"{self.context.task.name}; {'no checkpoint holds' if taken else 'the optimiser has not taken'} this step"
@@ -174,10 +175,6 @@ class _Sums:
             values[name] /= pairs
         values["loss"] += sum(values[name] for name in self.terms)
         return {**values, "tokens": tokens}
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0
 
 
 def make_optimizer(options: StageOptions, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -41,6 +41,8 @@ from lifealign.strategies import Context, Run, Strategy, seeded_generator
 from lifealign.trainer import Trainer, make_optimizer, make_schedule
 
 COMMON = (
+    "sft.epochs=1",
+    "preference.epochs=1",
     "data.max_train=11",  # a last batch of 3 pairs: with micro-batches of 4, the second rank's share is empty
     "evaluation.metrics=[preference_accuracy,chosen_nll,rouge_l]",
     "evaluation.max_new_tokens=4",
@@ -77,7 +79,7 @@ def one_step(stage_name: str, folder: Path, *overrides: str) -> Tensors:
         name: 0.02 * torch.randn(shape, generator=seeded_generator(name)) for name, shape in factor_shapes(policy.model).items()
     }
     write_factors(policy.model, noise, dict.fromkeys(noise, 0))
-    options = replace(getattr(config, stage_name), max_grad_norm=0.0)
+    options = replace(getattr(config, stage_name), epochs=1, max_grad_norm=0.0)
     reference = ReferenceLogps()
     stage = SupervisedStage() if stage_name == "sft" else PreferenceStage(config.objective, reference)
     gradients: Tensors = {}
@@ -209,7 +211,7 @@ if __name__ == "__main__":
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     ended = command("deepspeed", "--num_gpus", "2", __file__, str(folder), timeout=280)
-    assert ended.returncode == 0, f"{ended.stdout[-1000:]}\n{ended.stderr[-4000:]}"
+    assert ended.returncode == 0, ended.stderr[-2000:]
     return folder
 
 

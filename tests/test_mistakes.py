@@ -169,7 +169,6 @@ def test_a_value_of_the_wrong_type_is_told_with_its_key(override: str) -> None:
         "sft.epochs=-1",
         "sft.lr=-1",
         "sft.lr=nan",
-        "sft.lr=inf",
         "sft.micro_batch_size=0",
         "preference.warmup_share=2",
         "model.lora.r=0",

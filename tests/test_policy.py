@@ -1,4 +1,4 @@
-"""Architectures differ in attention, head and scaling; what the policy makes of each is compared with the model's own logits."""
+"""Architectures differ in attention, head and scaling; what the policy makes of each is held against the model itself."""
 
 from __future__ import annotations
 

@@ -314,10 +314,9 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, *, after_saving: bool) -> None:
 def test_a_run_that_ended_before_its_first_checkpoint_is_not_counted_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt(monkeypatch, after_saving=False)
-    with pytest.raises(Interrupted):
+    with monkeypatch.context() as stopped, pytest.raises(Interrupted):
+        interrupt(stopped, after_saving=False)
         train_here(tmp_path / "run", *ONE_TASK)
-    monkeypatch.undo()
     train_here(tmp_path / "run", *ONE_TASK)
     steps = [row["step"] for row in rows(tmp_path / "run", "step")]
     assert steps == list(range(1, len(steps) + 1))
@@ -325,15 +324,14 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_not_counted_twice(
 
 def test_wandb_mirrors_a_run_offline_and_keeps_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    interrupt(monkeypatch, after_saving=True)
-    with pytest.raises(Interrupted):
+    with monkeypatch.context() as stopped, pytest.raises(Interrupted):
+        interrupt(stopped, after_saving=True)
         train_here(tmp_path / "run", *ONE_TASK, "data.max_train=8", "tracking.mode=offline")
-    monkeypatch.setattr(Lifelong, "_save", Lifelong._save)
-    monkeypatch.undo()
     kept = json.loads((tmp_path / "run" / "tracking.json").read_text())
     train_here(tmp_path / "run", *ONE_TASK, "data.max_train=8", "tracking.mode=offline")
     assert json.loads((tmp_path / "run" / "tracking.json").read_text()) == kept
-    for mirrored in (folders := list((tmp_path / "run" / "wandb").glob("offline-run-*"))):
+    folders = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    for mirrored in folders:
         assert mirrored.name.endswith(f"-{kept['wandb_id']}")
         assert (mirrored / f"run-{kept['wandb_id']}.wandb").stat().st_size > 1000
     assert folders

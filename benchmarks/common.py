@@ -1,0 +1,159 @@
+"""What the benchmarks share: the model, the rows, the machine's own speed, tables and JSON.
+
+Import after ``lifealign.environment.prepare_process``, which must run before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from lifealign.assets.build_model import CHAT_TEMPLATE, END, PAD, START
+from lifealign.data.files import read_task
+from lifealign.data.options import Columns, DataOptions
+from lifealign.data.rules import read_preferences
+
+VOCAB_SIZE = 8192
+LIBRARIES = ("lifealign", "torch", "deepspeed", "transformers", "peft", "accelerate", "trl", "triton")
+
+
+# The model: 16 M parameters, Qwen2-style, random
+
+
+def model_config() -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        use_sliding_window=False,
+    )
+
+
+def save_base(folder: Path, rows: Path, seed: int = 0) -> None:
+    """Write the random model, in float32, and a tokenizer trained on ``rows`` to ``folder``."""
+    tokenizer = train_tokenizer(row_texts(rows))
+    config = model_config()
+    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    torch.manual_seed(seed)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a ChatML template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[PAD, START, END],
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, additional_special_tokens=[START]
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def row_texts(rows: Path) -> Iterable[str]:
+    """All texts of the training split of a task's folder."""
+    preferences, _ = read_preferences(read_task(rows.parent, rows.name)[0], rows.name, Columns(), DataOptions().max_empty)
+    for preference in preferences:
+        yield from (turn["content"] for turn in preference.prompt)
+        yield from (preference.chosen, preference.rejected)
+
+
+def body_parameters(model: torch.nn.Module) -> int:
+    """N of PERFORMANCE.md: weights of the matrix products of all layers, without embeddings, head and adapter."""
+    return sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2 and "lora_" not in n)
+
+
+# The machine
+
+
+def matmul_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
+    """Median FLOP/s of a ``size``-cubed matrix product, on random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, size, generator=generator).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(seconds[1:])
+
+
+def machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    lines = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
+    named = {key.strip(): value.strip() for key, value in lines.items()}
+    flags = set(named.get("flags", "").split())
+    return {
+        "cpu": named.get("model name", platform.processor()),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "bf16_instructions": sorted(flags & {"avx512_bf16", "amx_bf16"}),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": platform.platform(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def heading(started_load: Sequence[float]) -> dict[str, Any]:
+    """What every JSON file begins with; call it when the measurements are done."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+        "machine": machine(),
+        "load_average": {"before": list(started_load), "after": list(os.getloadavg())},
+        "versions": versions(),
+    }
+
+
+# Output
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up; the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
+    pad = lambda row: [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]  # noqa: E731
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [pad(headings), rule, *map(pad, rows)])
+
+
+def write_results(path: Path | None, results: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"\nwritten: {path}")
