@@ -101,7 +101,7 @@ class Trainer:
             pairs = share or batch[:1]
             rows = collate(
                 [self.stage.row(p) for p in pairs],
-                shared_prefix=self.engine.module.shared_prefix,
+                layout=self.engine.module.layout,
                 pad_token_id=self.pad_token_id,
             ).to(distributed.device())
             logps = self.engine(rows)

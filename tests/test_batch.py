@@ -9,9 +9,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from lifealign.data.batch import Batch, Row, collate, length_buckets
+from lifealign.data.batch import Batch, Row, RowLayout, collate, length_buckets
+from lifealign.models import attention
 from lifealign.models.policy import Policy
 
+LAYOUTS = (RowLayout.packed, RowLayout.shared, RowLayout.concatenated)
 ROWS = [Row([10, 11, 12], [[20, 21], [30]]), Row([13], [[40], [50, 51, 52]])]
 
 
@@ -22,7 +24,7 @@ def test_shared_prefix_by_hand() -> None:
     at the last prompt token: flat 2 in the first line, flat 6 in the second. So 20 ← 2, 21 ← 3, 30 ← 2, 40 ← 6,
     50 ← 6, 51 ← 8 (where 50 stands), 52 ← 9.
     """
-    batch = collate(ROWS, shared_prefix=True, pad_token_id=0)
+    batch = collate(ROWS, layout=RowLayout.shared, pad_token_id=0)
     assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 30], [13, 40, 50, 51, 52, 0]]
     assert batch.segments.tolist() == [[0, 0, 0, 1, 1, 2], [0, 1, 2, 2, 2, -1]]
     assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 4, 3]
@@ -30,7 +32,7 @@ def test_shared_prefix_by_hand() -> None:
     assert batch.predictors.tolist() == [2, 3, 2, 6, 6, 8, 9]
     assert batch.targets.tolist() == [20, 21, 30, 40, 50, 51, 52]
     assert batch.sequence_ids.tolist() == [0, 0, 1, 2, 3, 3, 3]
-    assert (batch.num_sequences, batch.shared_prefix, batch.tokens) == (4, True, 11)
+    assert (batch.num_sequences, batch.spans, batch.tokens) == (4, ((3, 2, 1), (1, 1, 3)), 11)
     assert {t.dtype for t in (batch.input_ids, batch.position_ids, batch.predictors, batch.targets)} == {torch.int64}
 
 
@@ -39,8 +41,7 @@ def test_attention_mask_by_hand() -> None:
 
     What padding sees does not matter, but it must see something (a row without a key is NaN), and nothing may see it.
     """
-    mask = collate(ROWS, shared_prefix=True, pad_token_id=0).attention_mask()
-    assert mask is not None
+    mask = collate(ROWS, layout=RowLayout.shared, pad_token_id=0).attention_mask()
     assert (mask.dtype, tuple(mask.shape)) == (torch.bool, (2, 1, 6, 6))
     assert mask[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
@@ -62,7 +63,7 @@ def test_attention_mask_by_hand() -> None:
 
 def test_concatenated_by_hand() -> None:
     """Four lines of at most 5 (10 11 12 20 21): flat indices advance by 5 a line."""
-    batch = collate(ROWS, shared_prefix=False, pad_token_id=9)
+    batch = collate(ROWS, layout=RowLayout.concatenated, pad_token_id=9)
     assert batch.input_ids.tolist() == [
         [10, 11, 12, 20, 21],
         [10, 11, 12, 30, 9],
@@ -75,32 +76,44 @@ def test_concatenated_by_hand() -> None:
     assert batch.predictors.tolist() == [2, 3, 7, 10, 15, 16, 17]
     assert batch.targets.tolist() == [20, 21, 30, 40, 50, 51, 52]
     assert batch.sequence_ids.tolist() == [0, 0, 1, 2, 3, 3, 3]
-    assert (batch.num_sequences, batch.shared_prefix, batch.tokens) == (4, False, 15)
-    assert batch.attention_mask() is None
+    assert (batch.num_sequences, batch.spans, batch.tokens) == (4, ((3, 2), (3, 1), (1, 1), (1, 3)), 15)
+    assert not batch.needs_mask
+
+
+def test_packed_by_hand() -> None:
+    """One line of 11 tokens, ``10 11 12 | 20 21 | 30`` and, from 6 on, ``13 | 40 | 50 51 52``; no padding."""
+    batch = collate(ROWS, layout=RowLayout.packed, pad_token_id=9)
+    assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 30, 13, 40, 50, 51, 52]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 1, 2, 3]]
+    assert batch.predictors.tolist() == [2, 3, 2, 6, 6, 8, 9]
+    assert batch.targets.tolist() == [20, 21, 30, 40, 50, 51, 52]
+    assert batch.sequence_ids.tolist() == [0, 0, 1, 2, 3, 3, 3]
+    assert (batch.num_sequences, batch.spans, batch.tokens) == (4, ((3, 2, 1), (1, 1, 3)), 11)
+    assert batch.needs_mask
 
 
 def test_one_response_a_row_needs_no_mask() -> None:
     """SFT rows: both layouts are the same plain causal batch."""
     rows = [Row([1, 2], [[3]]), Row([4], [[5, 6, 7]])]
-    shared, apart = (collate(rows, shared_prefix=s, pad_token_id=0) for s in (True, False))
-    assert shared.attention_mask() is None
+    shared, apart = (collate(rows, layout=s, pad_token_id=0) for s in (RowLayout.shared, RowLayout.concatenated))
+    assert not shared.needs_mask
     assert torch.equal(shared.input_ids, apart.input_ids)
     assert torch.equal(shared.predictors, apart.predictors)
 
 
-@pytest.mark.parametrize("shared_prefix", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("row", [Row([], [[1]]), Row([1], [[2], []])])
-def test_nothing_to_predict_is_an_error(row: Row, shared_prefix: bool) -> None:
+def test_nothing_to_predict_is_an_error(row: Row, layout: RowLayout) -> None:
     with pytest.raises(ValueError, match="needs a prompt and responses"):
-        collate([Row([1], [[2], [3]]), row], shared_prefix=shared_prefix, pad_token_id=0)
+        collate([Row([1], [[2], [3]]), row], layout=layout, pad_token_id=0)
 
 
 def test_moving_keeps_everything() -> None:
-    batch = collate(ROWS, shared_prefix=True, pad_token_id=0)
+    batch = collate(ROWS, layout=RowLayout.shared, pad_token_id=0)
     moved = batch.to(torch.device("meta"))
     assert moved.input_ids.is_meta
     assert moved.sequence_ids.is_meta
-    assert (moved.num_sequences, moved.shared_prefix, moved.tokens) == (4, True, 11)
+    assert (moved.num_sequences, moved.layout, moved.tokens) == (4, RowLayout.shared, 11)
 
 
 def test_length_buckets_by_hand() -> None:
@@ -162,8 +175,9 @@ def test_layouts_agree_with_the_model_itself(name: str) -> None:
     policy, rows = make_policy(CONFIGS[name], ["q_proj", "v_proj"]), random_rows()
     expected, expected_gradients = logps_and_gradients(policy, one_at_a_time(policy, rows))
     assert expected.std() > 5  # the cases differ
-    for shared_prefix in (True, False):
-        batch = collate(rows, shared_prefix=shared_prefix, pad_token_id=0)
+    for layout in LAYOUTS:
+        policy.base.set_attn_implementation(attention.NAME if layout is RowLayout.packed else "sdpa")
+        batch = collate(rows, layout=layout, pad_token_id=0)
         logps, gradients = logps_and_gradients(policy, policy(batch))
         torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
         for factor, gradient in gradients.items():
@@ -177,7 +191,7 @@ def test_responses_do_not_see_each_other() -> None:
     policy = make_policy(CONFIGS["qwen2"], ["q_proj", "v_proj"])
 
     def scores(first: list[int], second: list[int]) -> list[float]:
-        batch: Batch = collate([Row([5, 6, 7], [first, second])], shared_prefix=True, pad_token_id=0)
+        batch: Batch = collate([Row([5, 6, 7], [first, second])], layout=RowLayout.shared, pad_token_id=0)
         with torch.no_grad():
             return policy(batch).tolist()
 
@@ -193,6 +207,6 @@ def test_padding_takes_no_position_beyond_the_model() -> None:
     policy = make_policy(config, ["c_attn"])
     rows = [Row([1, 2, 3], [[4, 5, 6], [7, 8, 9]]), Row([1], [[2], [3]])]
     expected = one_at_a_time(policy, rows)
-    for shared_prefix in (False, True):
-        logps = policy(collate(rows, shared_prefix=shared_prefix, pad_token_id=0))
+    for layout in (RowLayout.concatenated, RowLayout.shared):
+        logps = policy(collate(rows, layout=layout, pad_token_id=0))
         torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lifealign.data.batch import Row, collate
+from lifealign.data.batch import Row, RowLayout, collate
 from lifealign.errors import UserError
 from lifealign.models.loading import attach_lora
-from lifealign.models.options import LoraOptions, RowLayout
+from lifealign.models.options import LoraOptions
 from lifealign.models.policy import Policy, choose_layout
 
 SMALL = {
@@ -64,23 +64,24 @@ def expected(policy: Policy, rows: list[Row]) -> torch.Tensor:
 def test_both_layouts_equal_the_models_own_logits(kind: str) -> None:
     policy = build(kind)
     choose_layout(policy, RowLayout.auto, longest_row=40, device=torch.device("cpu"))
-    assert policy.shared_prefix == (kind != "gemma2")  # its attention has a soft cap of its own, and no SDPA
+    # Gemma 2's attention has a soft cap of its own, and no SDPA.
+    assert policy.layout is (RowLayout.concatenated if kind == "gemma2" else RowLayout.packed)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     with torch.no_grad():
-        for shared in {policy.shared_prefix, False}:
-            logps = policy(collate(ROWS, shared_prefix=shared, pad_token_id=0))
+        for layout in {policy.layout, RowLayout.concatenated}:
+            logps = policy(collate(ROWS, layout=layout, pad_token_id=0))
             torch.testing.assert_close(logps.double(), expected(policy, ROWS), rtol=1e-5, atol=1e-5)
 
 
 def test_a_window_shorter_than_the_row_takes_the_concatenated_path(caplog: pytest.LogCaptureFixture) -> None:
     policy = build("mistral", sliding_window=32)
     choose_layout(policy, RowLayout.auto, longest_row=33, device=torch.device("cpu"))
-    assert not policy.shared_prefix
+    assert policy.layout is RowLayout.concatenated
     assert "the attention window of 32 tokens is shorter than the longest row, 33" in caplog.text
     choose_layout(policy, RowLayout.auto, longest_row=32, device=torch.device("cpu"))
-    assert policy.shared_prefix
+    assert policy.layout is RowLayout.packed
     with pytest.raises(UserError, match=r"model\.row_layout=shared.*use model\.row_layout=concatenated"):
         choose_layout(policy, RowLayout.shared, longest_row=33, device=torch.device("cpu"))
 
@@ -89,7 +90,7 @@ def test_attention_that_ignores_the_mask_takes_the_concatenated_path() -> None:
     policy = build("llama")
     policy.base.set_attn_implementation("eager")  # adds a boolean mask as if it were a number
     choose_layout(policy, RowLayout.auto, longest_row=8, device=torch.device("cpu"))
-    assert not policy.shared_prefix
+    assert policy.layout is RowLayout.concatenated
 
 
 def test_a_head_that_is_no_linear_map_is_refused() -> None:
@@ -107,3 +108,13 @@ def test_targets_that_cannot_be_trained_are_refused(target: str, problem: str) -
     config = AutoConfig.for_model("llama", **SMALL)
     with pytest.raises(UserError, match=problem):
         attach_lora(AutoModelForCausalLM.from_config(config), LoraOptions(target_modules=[target]), seed=0)
+
+
+def test_rows_of_one_response_are_packed_too() -> None:
+    """As in the supervised stage: each row is then one causal sequence."""
+    policy = build("llama")
+    choose_layout(policy, RowLayout.packed, longest_row=40, device=torch.device("cpu"))
+    rows = [Row(row.prompt, row.responses[:1]) for row in ROWS]
+    with torch.no_grad():
+        logps = policy(collate(rows, layout=RowLayout.packed, pad_token_id=0))
+        torch.testing.assert_close(logps.double(), expected(policy, rows), rtol=1e-5, atol=1e-5)

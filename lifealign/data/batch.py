@@ -2,17 +2,29 @@
 
 A *row* is a prompt with one or more responses. Under the shared-prefix layout it is one line of the batch,
 ``prompt | response | response``: each response attends to the prompt and to itself, and its positions continue the
-prompt's. The last prompt token predicts the first token of every response. Under the concatenated layout each response
-is a line of its own behind a copy of the prompt. Both give the same log-probabilities; the first computes the prompt once.
+prompt's. The last prompt token predicts the first token of every response. The packed layout puts all rows, laid out like
+this, on a single line without padding. Under the concatenated layout each response is a line of its own behind a copy of
+the prompt. All give the same log-probabilities; the first two compute the prompt once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from enum import Enum
 from typing import NamedTuple
 
 import torch
+
+
+class RowLayout(Enum):
+    """How rows become lines of a batch."""
+
+    auto = "auto"  # the cheapest that the loaded model computes correctly
+    packed = "packed"
+    shared = "shared"
+    concatenated = "concatenated"
+
 
 PADDING = -1  # segment of padded positions; 0 is the prompt, 1, 2, ... are responses
 
@@ -42,57 +54,63 @@ class Batch:
     targets: torch.Tensor  # (targets,) int64 token ids
     sequence_ids: torch.Tensor  # (targets,) int64
     num_sequences: int
-    shared_prefix: bool  # whether a line holds more than one response
+    layout: RowLayout
+    spans: tuple[tuple[int, ...], ...]  # a row each: tokens of its prompt, then of each response
     tokens: int  # positions that are not padding
 
     def to(self, device: torch.device) -> Batch:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
 
-    def attention_mask(self) -> torch.Tensor | None:
-        """(lines, 1, length, length) bool, True where a query sees a key; None where plain causal attention will do.
+    @property
+    def needs_mask(self) -> bool:
+        """Whether plain causal attention along a line would let a token see what it must not.
 
         Padding stands at the end of a line, so causal attention alone keeps it out of sight of the rest.
         """
-        if not self.shared_prefix:
-            return None
+        several = any(len(span) > 2 for span in self.spans)
+        return self.layout is RowLayout.packed or (self.layout is RowLayout.shared and several)
+
+    def attention_mask(self) -> torch.Tensor:
+        """(lines, 1, length, length) bool, True where a query sees a key. Not for the packed layout."""
         query, key = self.segments[:, :, None], self.segments[:, None, :]
         causal = torch.ones(key.shape[-1], key.shape[-1], dtype=torch.bool, device=key.device).tril()
         return ((((key == 0) & (query != PADDING)) | (key == query)) & causal).unsqueeze(1)
 
 
-def collate(rows: Sequence[Row], *, shared_prefix: bool, pad_token_id: int) -> Batch:
-    """Lay rows out as one batch, padded at the end to the longest line.
+def collate(rows: Sequence[Row], *, layout: RowLayout, pad_token_id: int) -> Batch:
+    """Lay rows out as one batch; lines are padded at the end to the longest.
 
     Raises:
         ValueError: for a row without prompt, or with an empty response: there would be nothing to predict from or to.
     """
     if any(not row.prompt or not row.responses or not all(row.responses) for row in rows):
         raise ValueError("a row needs a prompt and responses of at least one token")
-    lines = list(rows) if shared_prefix else [Row(row.prompt, [r]) for row in rows for r in row.responses]
-    length = max(line.length for line in lines)
+    lines = _lines(rows, layout)
+    length = max(sum(row.length for row in line) for line in lines)
     ids = torch.full((len(lines), length), pad_token_id)
     positions = torch.zeros_like(ids)  # of padding: one that every model has
     segments = torch.full((len(lines), length), PADDING)
     predictors, targets, sequence_ids = [], [], []
-    sequence = 0
     for number, line in enumerate(lines):
-        start = len(line.prompt)
-        ids[number, :start] = torch.tensor(line.prompt)
-        positions[number, :start] = torch.arange(start)
-        segments[number, :start] = 0
-        last_of_prompt = start - 1
-        for segment, response in enumerate(line.responses, 1):
-            end = start + len(response)
-            ids[number, start:end] = torch.tensor(response)
-            segments[number, start:end] = segment
-            positions[number, start:end] = torch.arange(last_of_prompt + 1, last_of_prompt + 1 + len(response))
-            here = number * length + torch.arange(start - 1, end - 1)
-            here[0] = number * length + last_of_prompt
-            predictors.append(here)
-            targets.append(torch.tensor(response))
-            sequence_ids.append(torch.full((len(response),), sequence))
-            sequence, start = sequence + 1, end
+        start = 0
+        for row in line:
+            end = start + len(row.prompt)
+            ids[number, start:end] = torch.tensor(row.prompt)
+            positions[number, start:end] = torch.arange(len(row.prompt))
+            segments[number, start:end] = 0
+            last_of_prompt = number * length + end - 1
+            for segment, response in enumerate(row.responses, 1):
+                start, end = end, end + len(response)
+                ids[number, start:end] = torch.tensor(response)
+                positions[number, start:end] = torch.arange(len(row.prompt), len(row.prompt) + len(response))
+                segments[number, start:end] = segment
+                here = number * length + torch.arange(start - 1, end - 1)
+                here[0] = last_of_prompt
+                predictors.append(here)
+                targets.append(torch.tensor(response))
+                sequence_ids.append(torch.full((len(response),), len(sequence_ids)))
+            start = end
     return Batch(
         input_ids=ids,
         position_ids=positions,
@@ -100,10 +118,20 @@ def collate(rows: Sequence[Row], *, shared_prefix: bool, pad_token_id: int) -> B
         predictors=torch.cat(predictors),
         targets=torch.cat(targets),
         sequence_ids=torch.cat(sequence_ids),
-        num_sequences=sequence,
-        shared_prefix=any(len(line.responses) > 1 for line in lines),
-        tokens=sum(line.length for line in lines),
+        num_sequences=len(sequence_ids),
+        layout=layout,
+        spans=tuple((len(row.prompt), *map(len, row.responses)) for line in lines for row in line),
+        tokens=sum(row.length for line in lines for row in line),
     )
+
+
+def _lines(rows: Sequence[Row], layout: RowLayout) -> list[list[Row]]:
+    """Which rows, or parts of rows, stand on which line."""
+    if layout is RowLayout.packed:
+        return [list(rows)]
+    if layout is RowLayout.shared:
+        return [[row] for row in rows]
+    return [[Row(row.prompt, [response])] for row in rows for response in row.responses]
 
 
 def length_buckets(lengths: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -7,6 +7,7 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+from lifealign.data.batch import RowLayout
 from lifealign.errors import UserError
 
 
@@ -15,14 +16,6 @@ class BaseDtype(Enum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
-
-
-class RowLayout(Enum):
-    """How a pair is laid out; see ``lifealign.data.batch``."""
-
-    auto = "auto"  # shared where the model's attention allows it, decided by a check on the loaded model
-    shared = "shared"
-    concatenated = "concatenated"
 
 
 @dataclass

@@ -12,10 +12,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from lifealign.data.batch import Batch, Row, collate
+from lifealign.data.batch import Batch, Row, RowLayout, collate
 from lifealign.errors import UserError
 from lifealign.kernels import sequence_logps
-from lifealign.models.options import RowLayout
+from lifealign.models import attention
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Policy(nn.Module):
     def __init__(self, model: PeftModel) -> None:
         super().__init__()
         self.model = model
-        self.shared_prefix = False  # set by choose_layout
+        self.layout = RowLayout.concatenated  # set by choose_layout
         for parameter in self.base.get_output_embeddings().parameters():
             if hasattr(parameter, "ds_id"):  # ZeRO-3 gathers for a module what is its own, or declared like this
                 deepspeed.zero.register_external_parameter(self, parameter)
@@ -50,13 +50,7 @@ class Policy(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """(num_sequences,) float32 log-probability of each response, summed over its tokens."""
-        hidden = self.base.get_decoder()(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask(),
-            # Left out where they run from 0 on: transformers would take the zeros of padding for packed sequences.
-            position_ids=batch.position_ids if batch.shared_prefix else None,
-            use_cache=False,
-        ).last_hidden_state
+        hidden = self.base.get_decoder()(batch.input_ids, use_cache=False, **_attention_inputs(batch)).last_hidden_state
         predicting = hidden.flatten(0, 1)[batch.predictors]
         config, head = self.base.config.get_text_config(), self.base.get_output_embeddings()
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
@@ -86,39 +80,73 @@ def gathered(parameters: list[nn.Parameter], *, modifier_rank: int | None = None
     return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modifier_rank) if partitioned else nullcontext()
 
 
-def choose_layout(policy: Policy, wanted: RowLayout, *, longest_row: int, device: torch.device) -> None:
-    """Decide whether pairs share a row, and prove on the loaded model that log-probabilities come out right.
+def _attention_inputs(batch: Batch) -> dict[str, Any]:
+    """What tells attention who sees whom."""
+    if not batch.needs_mask:
+        # Positions run from 0 on and are left out: transformers would take the zeros of padding for packed sequences.
+        return {}
+    if batch.layout is RowLayout.packed:
+        # A mask of four dimensions keeps transformers from making one of its own; nothing reads it.
+        return {
+            "position_ids": batch.position_ids,
+            "attention_mask": torch.empty(1, 1, 0, 0, dtype=torch.bool, device=batch.input_ids.device),
+            "spans": batch.spans,
+        }
+    return {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask()}
 
-    Must run on every rank, with the adapter still zero. Raises UserError where the fast head disagrees with the model's
-    own logits, or where ``shared`` was asked for and the model's attention does not honour the mask.
+
+def choose_layout(policy: Policy, wanted: RowLayout, *, longest_row: int, device: torch.device) -> None:
+    """Decide how rows are laid out, and prove on the loaded model that log-probabilities come out right.
+
+    ``auto`` takes the first layout that does: packed on CPU, where attention piece by piece was measured to be the cheapest,
+    then shared, then concatenated. Must run on every rank, with the adapter still zero.
+
+    Raises:
+        UserError: where the fast head disagrees with the model's own logits, or the layout that was asked for does.
     """
+    apart = _deviation(policy, RowLayout.concatenated, device)
+    if apart:
+        raise UserError(
+            f"model.path: the output head of {type(policy.base).__name__} is not a plain linear map; {apart}, so this "
+            "architecture is not supported"
+        )
+    first = RowLayout.packed if device.type == "cpu" else RowLayout.shared
+    for layout in (first, RowLayout.shared) if wanted is RowLayout.auto else (wanted,):
+        problem = _layout_problem(policy, layout, longest_row, device)
+        if problem is None:
+            policy.layout = layout
+            return
+        if wanted is not RowLayout.auto:
+            raise UserError(f"model.row_layout={wanted.value}: {problem}; use model.row_layout=concatenated")
+        log.warning("rows cannot be %s: %s", layout.value, problem)
+    log.warning("pairs take the concatenated path")
+    policy.layout = RowLayout.concatenated
+
+
+def _layout_problem(policy: Policy, layout: RowLayout, longest_row: int, device: torch.device) -> str | None:
+    if layout is RowLayout.concatenated:
+        return None
+    problem = _attention_window_problem(policy, longest_row)
+    if problem is None and layout is RowLayout.packed:
+        if policy.base.config._attn_implementation not in ("sdpa", attention.NAME):
+            return "the model does not run on SDPA attention"
+        policy.base.set_attn_implementation(attention.NAME)
+    return problem or _deviation(policy, layout, device)
+
+
+@torch.no_grad()
+def _deviation(policy: Policy, layout: RowLayout, device: torch.device) -> str | None:
+    """How far log-probabilities under a layout are off those from the model's own logits, where that is too far."""
     generator = torch.Generator().manual_seed(0)
     vocab = policy.base.config.get_text_config().vocab_size
     draw = lambda n: torch.randint(vocab, (n,), generator=generator).tolist()  # noqa: E731
     rows = [Row(draw(7), [draw(5), draw(9)]), Row(draw(3), [draw(11), draw(2)])]
-    tokens = torch.tensor([5.0, 9, 11, 2])
-    tolerance = PARITY_TOLERANCE[policy.dtype]
-    apart = collate(rows, shared_prefix=False, pad_token_id=0).to(device)
-    with torch.no_grad():
-        expected = _logps_from_logits(policy, apart).cpu()
-        off = ((policy(apart).cpu() - expected).abs() / tokens).max()
-        if not off < tolerance:
-            raise UserError(
-                f"model.path: the output head of {type(policy.base).__name__} is not a plain linear map; "
-                f"log-probabilities are off by {off:.2g} a token, so this architecture is not supported"
-            )
-        if wanted is RowLayout.concatenated:
-            return
-        together = collate(rows, shared_prefix=True, pad_token_id=0).to(device)
-        off = ((policy(together).cpu() - expected).abs() / tokens).max()
-    problem = _attention_window_problem(policy, longest_row)
-    if not off < tolerance:
-        problem = f"log-probabilities under the shared-prefix mask are off by {off:.2g} a token"
-    if problem and wanted is RowLayout.shared:
-        raise UserError(f"model.row_layout=shared: {problem}; use model.row_layout=concatenated")
-    if problem:
-        log.warning("pairs take the concatenated path: %s", problem)
-    policy.shared_prefix = problem is None
+    expected = _logps_from_logits(policy, collate(rows, layout=RowLayout.concatenated, pad_token_id=0).to(device))
+    got = policy(collate(rows, layout=layout, pad_token_id=0).to(device))
+    off = ((got - expected).abs().cpu() / torch.tensor([5.0, 9, 11, 2])).max()
+    if off < PARITY_TOLERANCE[policy.dtype]:
+        return None
+    return f"log-probabilities are off by {off:.2g} a token"
 
 
 def _attention_window_problem(policy: Policy, longest_row: int) -> str | None:

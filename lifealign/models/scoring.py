@@ -40,7 +40,7 @@ def score_pairs(
     for start in range(0, len(buckets), world):
         number = start + distributed.rank()
         bucket = buckets[min(number, len(buckets) - 1)]  # a rank without work repeats the last batch and drops it
-        batch = collate([pair_row(pairs[i]) for i in bucket], shared_prefix=policy.shared_prefix, pad_token_id=pad_token_id)
+        batch = collate([pair_row(pairs[i]) for i in bucket], layout=policy.layout, pad_token_id=pad_token_id)
         logps = module(batch.to(distributed.device())).view(-1, 2).cpu()
         if number < len(buckets):
             mine.append((bucket, logps))
