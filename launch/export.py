@@ -4,15 +4,14 @@ from lifealign.environment import prepare_process
 
 prepare_process()
 
-import argparse  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from lifealign.command import exit_codes  # noqa: E402
+from lifealign.command import ArgumentParser, exit_codes  # noqa: E402
 from lifealign.export import export  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR")
     parser.add_argument("--merge", action="store_true", help="write whole weights with the adapter in them")

@@ -5,6 +5,7 @@ Exit 0: the work was done. 2: a user's mistake, told in one line on standard err
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import sys
@@ -13,8 +14,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import lifealign.conf
 from lifealign.config import Config
+from lifealign.data.options import SequenceOptions
 from lifealign.errors import TrainingDiverged, UserError, did_you_mean
 from lifealign.runtime import distributed
 
@@ -47,6 +51,9 @@ def hydra_command(task: Callable[[DictConfig], object]) -> None:
     """
     with exit_codes() as failures:
         sys.argv = [sys.argv[0], *prepare_arguments(sys.argv[1:])]
+        parser = get_args_parser()
+        parser.error = _refuse_arguments  # type: ignore[method-assign]  as below
+        parser.parse_args()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as they are
 
         def job(composed: DictConfig) -> None:
@@ -85,15 +92,28 @@ def _print_error(error: Exception) -> None:
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """The library's, with its mistakes told in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        _refuse_arguments(message)
+
+
+def _refuse_arguments(message: str) -> NoReturn:
+    raise UserError(f"{message}; --help says what there is")
+
+
 def prepare_arguments(arguments: Iterable[str]) -> list[str]:
     """Take out what Hydra would refuse, and let ``sequence=x`` mean ``+sequence=x``.
 
     - launchers add ``--local_rank=N``, ``--local-rank=N`` or either with the number apart;
     - ``sequence`` is not in the defaults list, the other groups are: users need not know which takes a ``+``;
+    - Hydra takes overrides on one side of ``-m`` only;
     - ``zero=2`` would reach Hydra as a number, and presets have names;
     - what Hydra itself writes, ranks other than 0 write to a folder that nobody reads.
     """
     prepared = [_group_override(argument) for argument in without_local_rank(arguments)]
+    prepared.sort(key=lambda argument: argument not in ("-m", "--multirun"))
     if not distributed.is_main():
         nowhere = Path(tempfile.gettempdir()) / "lifealign-unread"
         prepared += [f"hydra.run.dir={nowhere}", f"hydra.sweep.dir={nowhere}"]
@@ -136,8 +156,14 @@ def check_keys(composed: DictConfig) -> None:
     for key in _undeclared(composed):
         raise UserError(f"'{key}' is no key of the configuration{did_you_mean(key, all_keys() | group_names())}")
     if OmegaConf.is_missing(composed, "sequence"):
-        sequences = sorted(p.stem for p in (conf_dir() / "sequence").glob("*.yaml"))
-        raise UserError(f"no sequence of tasks was chosen; add +sequence=NAME; known: {', '.join(sequences)}")
+        raise UserError(_no_sequence())
+    for key in sorted(OmegaConf.missing_keys(composed)):
+        raise UserError(f"{key} must be given: {key}=VALUE")
+
+
+def _no_sequence() -> str:
+    sequences = sorted(p.stem for p in (conf_dir() / "sequence").glob("*.yaml"))
+    return f"no sequence of tasks was chosen; add +sequence=NAME; known: {', '.join(sequences)}"
 
 
 def _undeclared(node: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -173,6 +199,8 @@ def one_line(error: Exception) -> str:
 def _composition_line(error: Exception, cause: BaseException, first: str) -> str:
     detail = str(cause).strip().splitlines()[0].rstrip(".")
     key = getattr(cause, "full_key", None) or getattr(cause, "key", None)
+    if "Missing mandatory value: sequence" in detail:
+        return _no_sequence()
     if "not in" in detail and str(key) in all_keys():
         return f"'{key}' is not an option of the {str(key).split('.')[0]} that was chosen"
     if "not in" in detail and str(key).startswith(FREE_KEYS):
@@ -188,6 +216,7 @@ def _composition_line(error: Exception, cause: BaseException, first: str) -> str
 def all_keys() -> set[str]:
     """Every dotted key of the schema, those of all registered components included."""
     keys = _dotted(OmegaConf.structured(Config))
+    keys |= {f"sequence.{key}" for key in _dotted(OmegaConf.structured(SequenceOptions))}
     for group, entries in ConfigStore.instance().repo.get("schema", {}).items():
         for entry in entries.values():
             keys |= {f"{group}.{key}" for key in _dotted(entry.node)}

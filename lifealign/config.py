@@ -12,6 +12,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ValidationError
 
 from lifealign.data.options import DataOptions, SequenceOptions
 from lifealign.errors import UserError
@@ -71,7 +72,7 @@ def build(composed: DictConfig) -> Config:
     config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
     for group in COMPONENTS:
         chosen = getattr(config, group)
-        if type(chosen) is not component(group, type(chosen).name):
+        if chosen.name != type(chosen).name:
             raise UserError(f"{group}.name={chosen.name}: components are chosen with {group}={chosen.name}")
     config.sft.check("sft")
     config.preference.check("preference")
@@ -98,7 +99,12 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> DictConfig:
     for group in COMPONENTS:
         composed[group] = OmegaConf.structured(component(group, values[group].name))
     composed.sequence = OmegaConf.structured(SequenceOptions)
-    merged = OmegaConf.merge(composed, values, OmegaConf.from_dotlist(list(overrides)))
+    merged = OmegaConf.merge(composed, values)
+    for override in overrides:
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        except ValidationError as error:
+            raise UserError(f"'{override}': {str(error).splitlines()[0]}") from error
     assert isinstance(merged, DictConfig)
     return merged
 

@@ -59,8 +59,10 @@ def open_run_directory(composed: DictConfig, config: Config, settings: Mapping[s
     if distributed.is_main():
         try:
             outcome = _prepare_directory(_wanted_directory(composed, config), config, settings)
-        except (UserError, OSError) as error:
-            outcome = UserError(str(error))
+        except UserError as error:
+            outcome = error
+        except OSError as error:
+            outcome = UserError(f"run.dir: {error}")
     outcome = distributed.broadcast_object(outcome)
     if isinstance(outcome, UserError):
         raise outcome

@@ -36,8 +36,8 @@ class StageOptions:
             if value is not None and value < 1:
                 raise UserError(f"{stage}.{key}={value}: must be at least 1")
         for key in ("epochs", "lr", "weight_decay", "max_grad_norm"):
-            if getattr(self, key) < 0:
-                raise UserError(f"{stage}.{key}={getattr(self, key)}: must be 0 or more")
+            if not 0 <= getattr(self, key) < math.inf:
+                raise UserError(f"{stage}.{key}={getattr(self, key)}: must be 0 or more, and finite")
         if not 0 <= self.warmup_share <= 1:
             raise UserError(f"{stage}.warmup_share={self.warmup_share}: must lie in [0, 1]")
 

@@ -29,7 +29,7 @@ from lifealign.errors import TrainingDiverged
 from lifealign.lifelong import make_policy
 from lifealign.memory import Consolidator
 from lifealign.models.adapter import factor_shapes, named_factors, read_factors, write_factors
-from lifealign.models.loading import load_tokenizer, pad_token_id
+from lifealign.models.loading import attach_lora, load_base, load_tokenizer, pad_token_id
 from lifealign.models.scoring import ReferenceLogps
 from lifealign.objectives import FPO, PreferenceLoss
 from lifealign.runtime import distributed
@@ -167,13 +167,15 @@ def work(folder: Path) -> None:
 
 
 def load_partitioned() -> dict[str, Any]:
-    """What of the base this rank holds under ZeRO-3."""
+    """What of the base this rank holds under ZeRO-3: once it is loaded, and once the policy has been made and tried."""
     config, tasks, _ = prepared(*RUNS["zero-3"])
-    model = make_policy(config, tasks).model
+    made = make_policy(config, tasks).model
+    model = attach_lora(load_base(config.model, deepspeed_config(config.zero)), config.model.lora, seed=config.seed)
     base = {name: p for name, p in model.named_parameters() if "lora_" not in name}
     return {
         "whole": {name: p.ds_numel for name, p in base.items()},
         "standing": {name: p.numel() for name, p in base.items()},
+        "standing when made": {name: p.numel() for name, p in made.named_parameters() if "lora_" not in name},
         "share": {name: p.ds_tensor.numel() for name, p in base.items()},
         "adapter": {name: list(value.shape) for name, value in read_factors(model).items()},
     }
@@ -300,6 +302,13 @@ def test_zero_3_holds_no_weight_of_the_base_whole(two: Path) -> None:
         assert all(rank["share"][name] == (numel + 1) // 2 for name, numel in rank["whole"].items())
     shapes = {name: list(value.shape) for name, value in adapter(two / "zero-0").items()}
     assert {name.replace(".default.", "."): shape for name, shape in ranks[1]["adapter"].items()} == shapes
+
+
+def test_zero_3_holds_no_weight_whole_after_the_policy_was_tried(two: Path) -> None:
+    """What was gathered to check the row layout is given back when that engine is destroyed."""
+    for rank in range(2):
+        made = json.loads((two / f"rank-{rank}.json").read_text())["loaded"]["standing when made"]
+        assert set(made.values()) == {0}
 
 
 def test_consolidation_does_not_depend_on_the_number_of_ranks(two: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +334,10 @@ def test_wandb_mirrors_a_run_offline_and_keeps_its_id(tmp_path: Path, monkeypatc
     folders = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     for mirrored in folders:
         assert mirrored.name.endswith(f"-{kept['wandb_id']}")
-        assert (mirrored / f"run-{kept['wandb_id']}.wandb").stat().st_size > 1000
+        records = mirrored / f"run-{kept['wandb_id']}.wandb"
+        deadline = time.monotonic() + 20  # wandb writes from a process of its own
+        while not (records.exists() and records.stat().st_size > 1000) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert records.stat().st_size > 1000, sorted(path.name for path in mirrored.rglob("*"))
     assert folders
     assert not (tmp_path / "wandb").exists()

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from lifealign.errors import UserError
+
 
 @dataclass
 class DataOptions:
@@ -18,6 +20,14 @@ class DataOptions:
     max_prompt_tokens: int = 512  # longer prompts lose their beginning
     max_response_tokens: int = 512  # longer responses lose their end, but keep the end-of-sequence token
     max_empty: float = 0.02  # share of rows with an empty prompt or response above which a file is refused
+
+    def __post_init__(self) -> None:
+        for key in ("max_train", "max_eval", "max_prompt_tokens", "max_response_tokens"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"data.{key}={value}: must be at least 1")
+        if not 0 <= self.max_empty <= 1:
+            raise UserError(f"data.max_empty={self.max_empty}: must lie in [0, 1]")
 
 
 @dataclass

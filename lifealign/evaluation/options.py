@@ -24,8 +24,10 @@ class EvaluationOptions:
         for name in self.metrics:
             if name not in known:
                 raise UserError(f"evaluation.metrics: unknown metric '{name}'{did_you_mean(name, known)}")
-        if self.batch_size < 1 or self.max_new_tokens < 1:
-            raise UserError("evaluation.batch_size and evaluation.max_new_tokens must be at least 1")
+        for key in ("batch_size", "max_new_tokens", "max_generations"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"evaluation.{key}={value}: must be at least 1")
 
     @property
     def generates(self) -> bool:

@@ -35,10 +35,13 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     Raises:
         UserError: where it cannot be loaded, or lacks a chat template or an end-of-sequence token.
     """
+    path = resolve_path(options)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_path(options))
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.path={options.path}: no tokenizer could be loaded ({_first_line(error)})") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without tokenizer files
+        raise UserError(f"model.path={options.path}: it holds no tokenizer; save the model's own beside the weights")
     if not tokenizer.chat_template:
         raise UserError(
             f"model.path={options.path}: its tokenizer has no chat template; use an instruction-tuned model, or save "

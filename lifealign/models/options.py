@@ -30,6 +30,10 @@ class LoraOptions:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise UserError(f"model.lora.r={self.r}: must be at least 1")
+        if self.alpha < 1:
+            raise UserError(f"model.lora.alpha={self.alpha}: must be at least 1")
+        if not self.target_modules:
+            raise UserError("model.lora.target_modules=[]: name at least one linear layer, such as q_proj")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.lora.dropout={self.dropout}: must lie in [0, 1)")
 

@@ -68,7 +68,7 @@ def training_engine(
     try:
         yield engine
     finally:
-        engine.destroy()
+        _close(engine)
 
 
 @contextmanager
@@ -85,7 +85,14 @@ def inference_engine(module: nn.Module, zero: ZeroOptions) -> Iterator[nn.Module
     try:
         yield engine
     finally:
-        engine.destroy()
+        _close(engine)
+
+
+def _close(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Tear an engine down. ZeRO-3 keeps weights whole that it expects to need again soon; nobody will ask it for them."""
+    if engine.zero_optimization_partition_weights():
+        engine.empty_partition_cache()
+    engine.destroy()
 
 
 def step(engine: deepspeed.DeepSpeedEngine) -> float | None:
