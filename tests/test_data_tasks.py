@@ -204,7 +204,6 @@ def test_rows_from_the_hub_use_its_columns(
         (["skye"], {}, "sequence.tasks: unknown task 'skye'; did you mean 'sky'?"),
         (["sky"], {"hub": True, "root": None}, "sequence.sources.sky.hub names no data set"),
         (["sky"], {"hub": True}, "exclude each other"),
-        (["sky"], {"max_train": 0}, "data.max_train=0 must be at least 1"),
         (["sky"], {"max_response_tokens": 1}, "data.max_response_tokens=1 must be at least 2"),
         (["sea"], {}, "for task 'sea'"),
         (
@@ -250,3 +249,10 @@ def test_tokenizers_that_cannot_do(tokenizer: PreTrainedTokenizerFast, tmp_path:
     tokenizer.chat_template, tokenizer.eos_token = CHATML, None
     with pytest.raises(UserError, match=r"has no eos token"):
         PairTokenizer(tokenizer, 8, 8)
+
+
+@pytest.mark.parametrize("option", [{"max_train": 0}, {"max_eval": -1}, {"max_response_tokens": 0}, {"max_empty": 1.5}])
+def test_an_option_out_of_range_is_refused_by_its_key(option: dict[str, float]) -> None:
+    (key,) = option
+    with pytest.raises(UserError, match=rf"^data\.{key}="):
+        DataOptions(**option)

@@ -102,10 +102,6 @@ def _check_options(sequence: SequenceOptions, data: DataOptions) -> None:
     doubled = [name for name, count in Counter(sequence.tasks).items() if count > 1]
     if doubled:
         raise UserError(f"sequence.tasks names '{doubled[0]}' twice; a task can be met once (copy its folder to meet it again)")
-    for key in ("max_train", "max_eval"):
-        value = getattr(data, key)
-        if value is not None and value < 1:
-            raise UserError(f"data.{key}={value} must be at least 1, or null for all pairs")
 
 
 def _check_names(sequence: SequenceOptions, root: Path | None) -> None:
