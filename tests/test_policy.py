@@ -6,11 +6,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lifealign import kernels
 from lifealign.data.batch import Row, RowLayout, collate
 from lifealign.errors import UserError
+from lifealign.models import policy as policy_module
 from lifealign.models.loading import attach_lora
 from lifealign.models.options import LoraOptions
-from lifealign.models.policy import Policy, choose_layout
+from lifealign.models.policy import Policy, choose_head, choose_layout
 
 SMALL = {
     "vocab_size": 83,
@@ -118,3 +120,19 @@ def test_rows_of_one_response_are_packed_too() -> None:
     with torch.no_grad():
         logps = policy(collate(rows, layout=RowLayout.packed, pad_token_id=0))
         torch.testing.assert_close(logps.double(), expected(policy, rows), rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_cannot_run_or_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU here: the Triton kernels cannot run outside their interpreter, and a wrong gradient is made up."""
+    policy = build("llama")
+    cpu = torch.device("cpu")
+    assert policy_module._head_problem(policy, "chunked", cpu) is None
+    assert "Error" in (policy_module._head_problem(policy, "triton", cpu) or "")
+
+    def wrong(hidden: torch.Tensor, *arguments: object, impl: str | None, **options: object) -> torch.Tensor:
+        return kernels.sequence_logps(hidden * (1 if impl == "reference" else 2), *arguments, impl="reference", **options)
+
+    monkeypatch.setattr(policy_module, "sequence_logps", wrong)
+    assert "its gradient is off by" in (policy_module._head_problem(policy, "chunked", cpu) or "")
+    choose_head(policy, torch.device("meta"))  # stands for a card: whatever goes wrong there, training goes on in torch
+    assert policy.head_impl == "chunked"

@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 PARITY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 """Largest difference a token, in nats, between two ways to the same log-probability; a wrong mask is off by far more."""
 
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+"""Largest relative difference of two gradients of the head; float32 allows for a card's tf32."""
+
 
 class Policy(nn.Module):
     """Wraps a PEFT model so that one forward call yields log-probabilities and never a tensor of all logits.
@@ -35,6 +38,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.layout = RowLayout.concatenated  # set by choose_layout
+        self.head_impl: str | None = None  # None: the kernel that suits the device; set by choose_head
         for parameter in self.base.get_output_embeddings().parameters():
             if hasattr(parameter, "ds_id"):  # ZeRO-3 gathers for a module what is its own, or declared like this
                 deepspeed.zero.register_external_parameter(self, parameter)
@@ -62,6 +66,7 @@ class Policy(nn.Module):
             batch.num_sequences,
             bias=head.bias,
             softcap=getattr(config, "final_logit_softcapping", None),
+            impl=self.head_impl,
         )
 
     @contextmanager
@@ -93,6 +98,42 @@ def _attention_inputs(batch: Batch) -> dict[str, Any]:
             "spans": batch.spans,
         }
     return {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask()}
+
+
+def choose_head(policy: Policy, device: torch.device) -> None:
+    """Leave the head to the kernel that suits the device if it proves itself here, else to the torch implementation.
+
+    Only the forward pass can be held against the model's logits (:func:`choose_layout`). A kernel compiled for a card that
+    nobody has tried must not train with gradients that nobody has seen, so those are compared on this very device.
+    """
+    if device.type == "cpu":
+        return  # the torch implementation already
+    problem = _head_problem(policy, None, device)
+    if problem is not None:
+        log.warning("the fused head is not used, the torch implementation is: %s", problem)
+        policy.head_impl = "chunked"
+
+
+def _head_problem(policy: Policy, impl: str | None, device: torch.device) -> str | None:
+    """How the gradient of an implementation differs from the reference's, on random numbers of the model's width."""
+    config = policy.base.config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator).to(device, policy.dtype)  # noqa: E731
+    tokens, vocab, width = 65, min(config.vocab_size, 4096), config.hidden_size
+    hidden, weight = draw(tokens, width) / width**0.5, draw(vocab, width)
+    targets = torch.randint(vocab, (tokens,), generator=generator).to(device)
+    sequences = (torch.arange(tokens) // 22).to(device)
+    gradients = []
+    try:
+        for name in (impl, "reference"):
+            leaf = hidden.clone().requires_grad_()
+            logps = sequence_logps(leaf, weight, targets, sequences, 3, softcap=None, impl=name)
+            (logps * torch.tensor([1.0, -2.0, 3.0], device=device)).sum().backward()
+            gradients.append(leaf.grad.double())
+        off = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
+    except Exception as error:  # whatever keeps a kernel from running here, the torch implementation does not need it
+        return f"{type(error).__name__}: {error}"
+    return None if off < GRADIENT_TOLERANCE[policy.dtype] else f"its gradient is off by {off:.2g}"
 
 
 def choose_layout(policy: Policy, wanted: RowLayout, *, longest_row: int, device: torch.device) -> None:
