@@ -7,8 +7,9 @@
 
 Every contender takes the same optimiser steps: a step runs from lists of token ids to the updated adapter and the loss
 as a number, collation, clipping and AdamW included. All of them take step 1 before any takes step 2, in an order that
-rotates, so that what else the machine does meets all alike. A round is one pass over the steps; the time of a step is
-its median over rounds. Warm-up steps are other batches, and left out.
+rotates, so that what else the machine does meets all alike. A round is one pass over the steps; pairs/s and ratios are
+medians over rounds. Warm-up steps are other batches, and left out. "by CPU time" is the ratio of processor seconds
+instead of elapsed ones; on a machine that is shared it is the steadier of the two.
 
 - LifeAlign runs its own ``Trainer._step`` in its own DeepSpeed engine (ZeRO 0, one process), on a policy made by
   ``Lifelong``. "online reference" computes the reference of a batch with the product's own ``ReferenceLogps`` before
@@ -23,20 +24,24 @@ The share of the machine's matmul rate counts (P+C+R) 4N for the body and (C+R) 
 attention scores are not counted.
 """
 
+import os
+
+os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
 from lifealign.environment import prepare_process
 
 prepare_process()
 
 import argparse  # noqa: E402
-import os  # noqa: E402
 import statistics  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
-from contextlib import ExitStack  # noqa: E402
+from collections.abc import Iterator, Sequence  # noqa: E402
+from contextlib import ExitStack, contextmanager  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+from typing import Any, NamedTuple  # noqa: E402
+from unittest import mock  # noqa: E402
 
 import torch  # noqa: E402
 from common import body_parameters, heading, matmul_rate, save_base, table, write_results  # noqa: E402
@@ -112,9 +117,7 @@ class LifeAlign:
 
     def _stage(self, pairs: Sequence[Pair]) -> PreferenceStage:
         reference = ReferenceLogps()
-        reference.ensure(
-            self.engine, self.lifelong.policy, pairs, batch_size=PAIRS_A_STEP, pad_token_id=self.pad_token_id
-        )
+        reference.ensure(self.engine, self.lifelong.policy, pairs, batch_size=PAIRS_A_STEP, pad_token_id=self.pad_token_id)
         return PreferenceStage(DPO(beta=BETA), reference)
 
     @property
@@ -129,6 +132,15 @@ class LifeAlign:
         values = self.trainer._step(batch, shares, self.taken)
         self.taken += 1
         return values["loss"]
+
+
+@contextmanager
+def outside_process_group() -> Iterator[None]:
+    """LifeAlign has joined a process group of one; told of it, accelerate would wrap TRL's model for several processes."""
+    with mock.patch.dict(os.environ):
+        for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(variable, None)
+        yield
 
 
 class TRL:
@@ -146,7 +158,7 @@ class TRL:
         autocast: bool,
     ) -> None:
         from accelerate.utils import DistributedType
-        from datasets import Dataset
+        from datasets import Dataset, disable_progress_bars
         from peft import LoraConfig
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from trl import DPOConfig, DPOTrainer
@@ -157,6 +169,7 @@ class TRL:
 
         self.name = f"TRL, {'online' if online else 'cached'} reference"
         folder = stack.enter_context(tempfile.TemporaryDirectory())
+        disable_progress_bars()
         arguments = DPOConfig(
             output_dir=folder,
             per_device_train_batch_size=PAIRS_A_STEP,
@@ -219,8 +232,9 @@ def choose_batches(pairs: Sequence[Pair], count: int, order: str) -> list[list[i
 
 def lengths_of(pairs: Sequence[Pair], batches: Sequence[Sequence[int]]) -> dict[str, float]:
     """Tokens of the batches: P, C and R, and what padding does to the rows of TRL's layout."""
-    used = [pairs[i] for batch in batches for i in batch]
-    sides = [[len(p.prompt) + len(side) for p in (pairs[i] for i in batch) for side in (p.chosen, p.rejected)] for batch in batches]
+    batched = [[pairs[i] for i in batch] for batch in batches]
+    used = [p for batch in batched for p in batch]
+    sides = [[len(p.prompt) + len(side) for p in batch for side in (p.chosen, p.rejected)] for batch in batched]
     prompt, chosen, rejected = (sum(len(getattr(p, k)) for p in used) for k in ("prompt", "chosen", "rejected"))
     return {
         "pairs": len(used),
@@ -240,17 +254,26 @@ def step_flops(model: nn.Module, tokens: dict[str, float]) -> float:
     return (tokens["prompt"] + responses) * 4 * body_parameters(model) + responses * 4 * head.numel()
 
 
-def run(contenders: Sequence[Contender], batches: Sequence[Sequence[int]], turn: int) -> dict[str, tuple[list[float], list[float]]]:
-    """Seconds and losses of every contender over the batches, in turns."""
-    outcome: dict[str, tuple[list[float], list[float]]] = {c.name: ([], []) for c in contenders}
+class Round(NamedTuple):
+    """What one contender did over the batches, a number for each step."""
+
+    seconds: list[float]
+    cpu_seconds: list[float]  # of all threads of the process; what other processes do hardly changes it
+    losses: list[float]
+
+
+def run(contenders: Sequence[Contender], batches: Sequence[Sequence[int]], turn: int) -> dict[str, Round]:
+    """Take all contenders through the batches, in turns."""
+    outcome = {c.name: Round([], [], []) for c in contenders}
     for number, indices in enumerate(batches):
         shift = (number + turn) % len(contenders)
         for contender in [*contenders[shift:], *contenders[:shift]]:
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             loss = contender.step(indices)
-            seconds, losses = outcome[contender.name]
-            seconds.append(time.perf_counter() - started)
-            losses.append(loss)
+            own = outcome[contender.name]
+            own.seconds.append(time.perf_counter() - started)
+            own.cpu_seconds.append(time.process_time() - cpu_started)
+            own.losses.append(loss)
     return outcome
 
 
@@ -309,12 +332,6 @@ def main() -> int:
     with ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         save_base(base, rows, SEED)
-        if not args.profile:
-            # Before lifealign joins a process group: with its environment variables set, accelerate would wrap TRL's
-            # model for several processes.
-            from accelerate import PartialState
-
-            PartialState(cpu=True)
         lifealign = LifeAlign(stack, base, rows, args.dtype, needed, online=False)
         pairs = lifealign.pairs
         batches = choose_batches(pairs, args.warmup + args.steps, args.batches)
@@ -323,14 +340,15 @@ def main() -> int:
             return 0
         factors = {name: p.detach().clone() for name, p in named_factors(lifealign.model)}
         trl = partial(TRL, stack, base, args.dtype, pairs, factors, autocast=args.trl_autocast)
-        contenders: list[Contender] = [trl(online=True), trl(online=False)]
+        with outside_process_group():
+            contenders: list[Contender] = [trl(online=True), trl(online=False)]
         if not args.check:
             contenders.append(LifeAlign(stack, base, rows, args.dtype, needed, online=True))
         contenders.append(lifealign)
 
         if args.check:
             outcome = run(contenders, batches[: args.steps], 0)
-            return report_check(args, {name: losses for name, (_, losses) in outcome.items()}, lifealign.name)
+            return report_check(args, {name: done.losses for name, done in outcome.items()}, lifealign.name)
         results = measure(args, contenders, lifealign, batches)
     write_results(args.json, {**heading(load), **results})
     return 0
@@ -353,38 +371,45 @@ def measure(
     """Warm up, run the rounds, print the tables; returns all figures."""
     dtypes = (torch.float32, torch.bfloat16)
     outcome = run(contenders, batches[: args.warmup], 0)
-    losses = {name: list(values) for name, (_, values) in outcome.items()}
+    losses = {name: list(done.losses) for name, done in outcome.items()}
     seconds: dict[str, list[list[float]]] = {c.name: [] for c in contenders}
+    cpu_seconds: dict[str, list[list[float]]] = {c.name: [] for c in contenders}
     rates: dict[torch.dtype, list[float]] = {dtype: [matmul_rate(dtype)] for dtype in dtypes}
     for turn in range(args.rounds):
         outcome = run(contenders, batches[args.warmup :], turn)
-        for name, (took, values) in outcome.items():
-            seconds[name].append(took)
-            losses[name] += values
+        for name, done in outcome.items():
+            seconds[name].append(done.seconds)
+            cpu_seconds[name].append(done.cpu_seconds)
+            losses[name] += done.losses
         for dtype in dtypes:
             rates[dtype].append(matmul_rate(dtype))
         print(f"round {turn + 1}: " + ", ".join(f"{n} {sum(s[-1]):.1f} s" for n, s in seconds.items()), flush=True)
 
     tokens = lengths_of(lifealign.pairs, batches[args.warmup :])
-    speed = {n: tokens["pairs"] / sum(map(statistics.median, zip(*rounds, strict=True))) for n, rounds in seconds.items()}
-    own = speed[lifealign.name]
-    by_round = {n: [sum(a) / sum(b) for a, b in zip(r, seconds[lifealign.name], strict=True)] for n, r in seconds.items()}
+    passes = {n: [sum(taken) for taken in rounds] for n, rounds in seconds.items()}
+    speed = {n: tokens["pairs"] / statistics.median(p) for n, p in passes.items()}
+    by_round = {n: [a / b for a, b in zip(p, passes[lifealign.name], strict=True)] for n, p in passes.items()}
+    ratio = {n: statistics.median(values) for n, values in by_round.items()}
+    cpu = {n: sum(map(sum, rounds)) for n, rounds in cpu_seconds.items()}
+    cpu_ratio = {n: value / cpu[lifealign.name] for n, value in cpu.items()}
     medians = {str(dtype).removeprefix("torch."): statistics.median(values) for dtype, values in rates.items()}
     flops = step_flops(lifealign.model, tokens)
-    share = flops / tokens["pairs"] * own / medians[args.dtype]
+    share = flops / tokens["pairs"] * speed[lifealign.name] / medians[args.dtype]
     differences = loss_differences(losses, lifealign.name)
 
-    print(f"\n{args.rows.name}, {args.dtype} base, {args.batches} batches of {PAIRS_A_STEP} pairs, {args.steps} steps, {args.rounds} rounds")
+    drawn = f"{args.batches} batches of {PAIRS_A_STEP} pairs"
+    print(f"\n{args.rows.name}, {args.dtype} base, {drawn}, {args.steps} steps, {args.rounds} rounds")
     print(
         table(
-            ["", "pairs/s", "ms a step", "LifeAlign is", "over rounds", "loss differs by"],
+            ["", "pairs/s", "ms a step", "LifeAlign is", "over rounds", "by CPU time", "loss differs by"],
             [
                 [
                     name,
                     f"{value:.2f}",
                     f"{1e3 * PAIRS_A_STEP / value:.0f}",
-                    f"{own / value:.2f}x",
+                    f"{ratio[name]:.2f}x",
                     f"{min(by_round[name]):.2f}-{max(by_round[name]):.2f}x",
+                    f"{cpu_ratio[name]:.2f}x",
                     f"{differences[name]:.1e}" if name in differences else "",
                 ]
                 for name, value in speed.items()
@@ -415,8 +440,9 @@ def measure(
             "trl_autocast": args.trl_autocast,
         },
         "pairs_per_second": speed,
-        "ratio": {name: own / value for name, value in speed.items()},
+        "ratio": ratio,
         "ratio_by_round": by_round,
+        "ratio_of_cpu_time": cpu_ratio,
         "matmul_flops_per_second": medians,
         "share_of_matmul_rate": share,
         "flops_a_step": flops / args.steps,
@@ -424,6 +450,7 @@ def measure(
         "largest_loss_difference": differences,
         "losses": losses,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "matmul_rates": {str(dtype): values for dtype, values in rates.items()},
     }
 
