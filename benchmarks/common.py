@@ -86,7 +86,7 @@ def row_texts(rows: Path) -> Iterable[str]:
 
 
 def body_parameters(model: torch.nn.Module) -> int:
-    """N of PERFORMANCE.md: weights of the matrix products of all layers, without embeddings, head and adapter."""
+    """Body parameters N: weights of the matrix products of all layers, without embeddings, head and adapter."""
     return sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2 and "lora_" not in n)
 
 

@@ -248,7 +248,7 @@ def lengths_of(pairs: Sequence[Pair], batches: Sequence[Sequence[int]]) -> dict[
 
 
 def step_flops(model: nn.Module, tokens: dict[str, float]) -> float:
-    """The arithmetic minimum of the batches with a cached reference, PERFORMANCE.md's count."""
+    """The arithmetic minimum of the batches with a cached reference: (P + C + R) 4N + (C + R) 4VH."""
     head = model.get_output_embeddings().weight
     responses = tokens["chosen"] + tokens["rejected"]
     return (tokens["prompt"] + responses) * 4 * body_parameters(model) + responses * 4 * head.numel()

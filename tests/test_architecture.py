@@ -1,4 +1,4 @@
-"""The layers of ARCHITECTURE.md hold: no upward import, no circle, a preset for every component, small launchers."""
+"""The layers of docs/architecture.md hold: no upward import, no circle, a preset for every component, small launchers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FPO and DPO against numbers worked out on paper (METHOD, Focalized Preference Optimization)."""
+"""FPO and DPO against numbers worked out on paper (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_small_losses_keep_their_digits() -> None:
 
 
 def test_not_a_number_is_not_gated() -> None:
-    """METHOD gates σ(r) > τ, which NaN is not: the loss must say that something is wrong."""
+    """The method gates σ(r) > τ, which NaN is not: the loss must say that something is wrong."""
     nan, zero = torch.full((1,), math.nan), torch.zeros(1)
     assert fpo_loss(nan, zero, zero, zero).losses.isnan().all()
     assert fpo_loss(nan, zero, zero, zero, confidence_threshold=0.8).losses.isnan().all()

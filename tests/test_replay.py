@@ -1,4 +1,4 @@
-"""The replay buffer: who enters, who leaves (METHOD, Replay)."""
+"""The replay buffer: who enters, who leaves (docs/method.md, Replay)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Truncation and the span of history, against hand-made cases and plain SVDs (METHOD, SLMC)."""
+"""Truncation and the span of history, against hand-made cases and plain SVDs (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def svd_denoise(update: torch.Tensor, energy: float) -> tuple[torch.Tensor, int]:
-    """METHOD to the letter: the smallest k with Σ_{i≤k} σ_i² ≥ θ · Σ σ_i²."""
+    """The definition to the letter: the smallest k with Σ_{i≤k} σ_i² ≥ θ · Σ σ_i²."""
     u, s, vh = torch.linalg.svd(update, full_matrices=False)
     k, kept, total = 0, 0.0, s.square().sum().item()
     while kept < energy * total and k < len(s):

@@ -12,7 +12,7 @@ from lifealign.data.tokenize import Pair
 
 
 class ReplayBuffer:
-    """Pairs of past tasks, oldest first (METHOD, Replay).
+    """Pairs of past tasks, oldest first (docs/method.md, Replay).
 
     Args:
         size: how many pairs it holds at most.

@@ -38,8 +38,8 @@ class Consolidator:
 
     Args:
         shapes: whole shape of every factor of the adapter.
-        energy: theta of METHOD, SLMC 1.
-        scale: lambda of METHOD, SLMC 2.
+        energy: theta, share of an update's squared norm that truncation keeps.
+        scale: lambda, factor on what lies in the span of history.
     """
 
     def __init__(self, shapes: Mapping[str, torch.Size], *, energy: float, scale: float) -> None:

@@ -35,7 +35,7 @@ class Refined(NamedTuple):
 
 
 def truncate(update: torch.Tensor, energy: float) -> Denoised:
-    """Keep the fewest singular directions that hold ``energy`` of the squared norm (METHOD: denoise; paper theta = 0.9).
+    """Keep the fewest singular directions that hold ``energy`` of the squared norm (the paper's denoising, theta = 0.9).
 
     The singular vectors of the short side come from the float64 Gram matrix M Mᵀ = U diag(s²) Uᵀ, and the truncation is
     the projection U_k U_kᵀ M, so the long side is never decomposed. ``energy=1`` returns the update as it is.
@@ -111,7 +111,7 @@ class Basis:
 
 
 def rescale_history(update: torch.Tensor, basis: Basis, scale: float) -> Refined:
-    """Scale the component in the span of history: SM_o + scale * SM_p (METHOD: refine; paper lambda = 0.5).
+    """Scale the component in the span of history: SM_o + scale * SM_p (the paper's refinement, lambda = 0.5).
 
     Args:
         update: (batch, rows, columns).
@@ -131,7 +131,7 @@ def rescale_history(update: torch.Tensor, basis: Basis, scale: float) -> Refined
 
 
 def refine(update: torch.Tensor, history: Sequence[torch.Tensor], *, energy: float, scale: float) -> torch.Tensor:
-    """The refined update of one factor: denoise, then scale what lies in the span of its history (METHOD, SLMC 1 and 2).
+    """The refined update of one factor: denoise, then scale what lies in the span of its history (docs/method.md).
 
     Args:
         update: (rows, columns), the factor's change over a stage.

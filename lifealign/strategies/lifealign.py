@@ -46,7 +46,7 @@ class LifeAlign(ExperienceReplay):
             self.stage_start = read_factors(context.run.policy.model, self.consolidator.owned)
 
     def end_stage(self, context: Context) -> Sequence[Mapping[str, Any]]:
-        """METHOD, SLMC: W = W_0 + RSM, and RSM joins the history."""
+        """docs/method.md: W = W_0 + RSM, and RSM joins the history."""
         if context.stage not in self.consolidate_stages:
             return ()
         model, before = context.run.policy.model, self.stage_start
