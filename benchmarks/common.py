@@ -19,10 +19,9 @@ from typing import Any
 
 import psutil
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from lifealign.assets.build_model import CHAT_TEMPLATE, END, PAD, START
+from lifealign.assets.build_model import train_tokenizer
 from lifealign.data.files import read_task
 from lifealign.data.options import Columns, DataOptions
 from lifealign.data.rules import read_preferences
@@ -50,31 +49,12 @@ def model_config() -> Qwen2Config:
 
 def save_base(folder: Path, rows: Path, seed: int = 0) -> None:
     """Write the random model, in float32, and a tokenizer trained on ``rows`` to ``folder``."""
-    tokenizer = train_tokenizer(row_texts(rows))
+    tokenizer = train_tokenizer(row_texts(rows), VOCAB_SIZE)
     config = model_config()
     config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     torch.manual_seed(seed)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with a ChatML template."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[PAD, START, END],
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, additional_special_tokens=[START]
-    )
-    wrapped.chat_template = CHAT_TEMPLATE
-    return wrapped
 
 
 def row_texts(rows: Path) -> Iterable[str]:

@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from support import REPOSITORY, compose_config
 
 from lifealign.command import conf_dir
-from lifealign.config import COMPONENTS, build
+from lifealign.config import COMPONENTS, Config, build
 from lifealign.registry import component
 
 LAYERS: list[tuple[str, ...]] = [
@@ -138,7 +138,8 @@ def test_every_component_has_a_preset_of_its_name_and_every_preset_a_component(g
     ),
 )
 def test_every_preset_composes_and_is_accepted(preset: str) -> None:
-    build(compose_config("+sequence=six_domains", preset, *(["model.path=x"] if preset == "model=custom" else [])))
+    config = build(compose_config("+sequence=six_domains", preset, *(["model.path=x"] if preset == "model=custom" else [])))
+    assert isinstance(config, Config)
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "launch").glob("*.py")), ids=lambda path: path.stem)

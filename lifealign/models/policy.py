@@ -123,11 +123,11 @@ def _head_problem(policy: Policy, impl: str | None, device: torch.device) -> str
     hidden, weight = draw(tokens, width) / width**0.5, draw(vocab, width)
     targets = torch.randint(vocab, (tokens,), generator=generator).to(device)
     sequences = (torch.arange(tokens) // 22).to(device)
-    gradients = []
+    softcap, gradients = getattr(config, "final_logit_softcapping", None), []
     try:
         for name in (impl, "reference"):
             leaf = hidden.clone().requires_grad_()
-            logps = sequence_logps(leaf, weight, targets, sequences, 3, softcap=None, impl=name)
+            logps = sequence_logps(leaf, weight, targets, sequences, 3, softcap=softcap, impl=name)
             (logps * torch.tensor([1.0, -2.0, 3.0], device=device)).sum().backward()
             gradients.append(leaf.grad.double())
         off = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
