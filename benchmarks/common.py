@@ -125,6 +125,15 @@ def heading(started_load: Sequence[float]) -> dict[str, Any]:
 # Output
 
 
+def load_average() -> str:
+    return "load average: " + " ".join(f"{x:.2f}" for x in os.getloadavg())
+
+
+def rate_line(rates: dict[str, float]) -> str:
+    """Measured FLOP/s of a matrix product by dtype."""
+    return "matmul rate: " + ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in rates.items())
+
+
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns line up; the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]

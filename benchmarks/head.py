@@ -29,7 +29,7 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
-from common import heading, table, write_results  # noqa: E402
+from common import heading, load_average, matmul_rate, rate_line, table, write_results  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 
 from lifealign.kernels import sequence_logps  # noqa: E402
@@ -151,12 +151,15 @@ def main() -> int:
             ],
         )
     )
-    print("load average: " + " ".join(f"{x:.2f}" for x in os.getloadavg()))
+    rate = matmul_rate(getattr(torch, args.dtype))
+    print(rate_line({args.dtype: rate}))
+    print(load_average())
     write_results(
         args.json,
         {
             **heading(load),
             "settings": {k: getattr(args, k) for k in ("tokens", "vocab", "hidden", "dtype", "repeats")},
+            "matmul_flops_per_second": rate,
             "median": medians,
             "differences": differences,
             "runs": {name: [{k: m[k] for k in figures} for m in measured] for name, measured in runs.items()},

@@ -11,8 +11,8 @@ rotates, so that what else the machine does meets all alike. A round is one pass
 medians over rounds. Warm-up steps are other batches, and left out. "by CPU time" is the ratio of processor seconds
 instead of elapsed ones; on a machine that is shared it is the steadier of the two.
 
-- LifeAlign runs its own ``Trainer._step`` in its own DeepSpeed engine (ZeRO 0, one process), on a policy made by
-  ``Lifelong``. "online reference" computes the reference of a batch with the product's own ``ReferenceLogps`` before
+- LifeAlign takes the step of its own ``Trainer`` in its own DeepSpeed engine (ZeRO 0, one process), on a policy made by
+  its own ``make_policy``. "online reference" computes the reference of a batch with the product's own ``ReferenceLogps`` before
   its step; "cached reference" has it computed before the clock starts.
 - TRL runs ``DPOTrainer.training_step`` with its own collator, clipping, optimiser and schedule, in the order of
   ``transformers.Trainer``. Its callbacks, FLOP counting and logging are left out, and gradient checkpointing, which TRL
@@ -40,98 +40,34 @@ from collections.abc import Iterator, Sequence  # noqa: E402
 from contextlib import ExitStack, contextmanager  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any, NamedTuple  # noqa: E402
+from typing import Any  # noqa: E402
 from unittest import mock  # noqa: E402
 
 import torch  # noqa: E402
-from common import body_parameters, heading, matmul_rate, save_base, table, write_results  # noqa: E402
-from torch import nn  # noqa: E402
+from common import heading, load_average, rate_line, save_base, table, write_results  # noqa: E402
+from contender import (  # noqa: E402
+    BETA,
+    LR,
+    MAX_GRAD_NORM,
+    PAIRS_A_STEP,
+    SEED,
+    Contender,
+    Course,
+    LifeAlign,
+    lengths_of,
+    measure,
+    parser,
+    read_pairs,
+    run,
+    spread,
+    step_flops,
+)
 
-from lifealign.config import Config  # noqa: E402
-from lifealign.data.options import DataOptions, SequenceOptions  # noqa: E402
 from lifealign.data.tokenize import Pair  # noqa: E402
-from lifealign.lifelong import Lifelong  # noqa: E402
 from lifealign.models.adapter import named_factors  # noqa: E402
-from lifealign.models.loading import pad_token_id  # noqa: E402
-from lifealign.models.options import BaseDtype, ModelOptions  # noqa: E402
-from lifealign.models.scoring import ReferenceLogps  # noqa: E402
-from lifealign.objectives import DPO  # noqa: E402
-from lifealign.runtime import distributed  # noqa: E402
-from lifealign.runtime.engine import deepspeed_config, training_engine  # noqa: E402
-from lifealign.runtime.options import TrackingMode, TrackingOptions  # noqa: E402
-from lifealign.runtime.tracking import Tracker  # noqa: E402
-from lifealign.stages import PreferenceStage, StageOptions  # noqa: E402
-from lifealign.strategies import Context  # noqa: E402
-from lifealign.strategies.seqft import SeqFT  # noqa: E402
-from lifealign.trainer import Trainer, make_optimizer, plan_batches  # noqa: E402
+from lifealign.trainer import plan_batches  # noqa: E402
 
-PAIRS_A_STEP = 4
-LR = 1e-3  # large enough for the losses to move within 20 steps
-BETA = 0.1
-MAX_GRAD_NORM = 1.0
-SEED = 0
 TOLERANCE = 1e-4  # of --check, float32
-
-
-class LifeAlign:
-    """LifeAlign's trainer, a step at a time."""
-
-    def __init__(self, stack: ExitStack, base: Path, rows: Path, dtype: str, pairs: int, *, online: bool) -> None:
-        self.name = f"LifeAlign, {'online' if online else 'cached'} reference"
-        self.online = online
-        distributed.start()
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        options = StageOptions(lr=LR, micro_batch_size=PAIRS_A_STEP, max_grad_norm=MAX_GRAD_NORM)
-        tracking = TrackingOptions(mode=TrackingMode.disabled)
-        config = Config(
-            seed=SEED,
-            sequence=SequenceOptions(name="benchmark", tasks=[rows.name]),
-            data=DataOptions(root=str(rows.parent), max_train=pairs, max_eval=1),
-            model=ModelOptions(path=str(base), dtype=BaseDtype(dtype)),
-            objective=DPO(beta=BETA),
-            strategy=SeqFT(),
-            preference=options,
-            tracking=tracking,
-        )
-        tracker = stack.enter_context(Tracker(tracking, folder, {}))
-        self.lifelong = Lifelong(config, folder, tracker)
-        task = self.lifelong.tasks[0]
-        self.pairs: list[Pair] = task.train
-        engine_config = deepspeed_config(config.zero, micro_batch_size=PAIRS_A_STEP, max_grad_norm=MAX_GRAD_NORM)
-        constant = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: 1.0)
-        self.engine = stack.enter_context(
-            training_engine(self.lifelong.policy, engine_config, partial(make_optimizer, options), constant)
-        )
-        self.pad_token_id = pad_token_id(self.lifelong.tokenizer)
-        self.trainer = Trainer(
-            engine=self.engine,
-            stage=self._stage([] if online else self.pairs),
-            options=options,
-            strategy=config.strategy,
-            context=Context(self.lifelong.run_info, task, 0, "preference"),
-            tracker=tracker,
-            pad_token_id=self.pad_token_id,
-        )
-        self.engine.train()
-        self.taken = 0
-
-    def _stage(self, pairs: Sequence[Pair]) -> PreferenceStage:
-        reference = ReferenceLogps()
-        reference.ensure(self.engine, self.lifelong.policy, pairs, batch_size=PAIRS_A_STEP, pad_token_id=self.pad_token_id)
-        return PreferenceStage(DPO(beta=BETA), reference)
-
-    @property
-    def model(self) -> nn.Module:
-        return self.lifelong.policy.model
-
-    def step(self, indices: Sequence[int]) -> float:
-        batch = [self.pairs[i] for i in indices]
-        if self.online:
-            self.trainer.stage = self._stage(batch)
-        shares = list(self.trainer._micro_batches(batch, PAIRS_A_STEP, 1))
-        values = self.trainer._step(batch, shares, self.taken)
-        self.taken += 1
-        return values["loss"]
 
 
 @contextmanager
@@ -217,9 +153,6 @@ class TRL:
         return loss.item()
 
 
-Contender = LifeAlign | TRL
-
-
 def choose_batches(pairs: Sequence[Pair], count: int, order: str) -> list[list[int]]:
     """``count`` batches of the first pairs: shuffled, as TRL's sampler does, or planned as LifeAlign's trainer does."""
     generator = torch.Generator().manual_seed(SEED)
@@ -228,61 +161,6 @@ def choose_batches(pairs: Sequence[Pair], count: int, order: str) -> list[list[i
         return plan_batches(lengths, PAIRS_A_STEP, 1, generator)[:count]
     shuffled = torch.randperm(len(pairs), generator=generator).tolist()
     return [shuffled[i : i + PAIRS_A_STEP] for i in range(0, count * PAIRS_A_STEP, PAIRS_A_STEP)]
-
-
-def lengths_of(pairs: Sequence[Pair], batches: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Tokens of the batches: P, C and R, and what padding does to the rows of TRL's layout."""
-    batched = [[pairs[i] for i in batch] for batch in batches]
-    used = [p for batch in batched for p in batch]
-    sides = [[len(p.prompt) + len(side) for p in batch for side in (p.chosen, p.rejected)] for batch in batched]
-    prompt, chosen, rejected = (sum(len(getattr(p, k)) for p in used) for k in ("prompt", "chosen", "rejected"))
-    return {
-        "pairs": len(used),
-        "prompt": prompt,
-        "chosen": chosen,
-        "rejected": rejected,
-        "prompt_share": prompt / (chosen + rejected),
-        "concatenated": sum(map(sum, sides)),
-        "concatenated_padded": sum(max(s) * len(s) for s in sides),
-    }
-
-
-def step_flops(model: nn.Module, tokens: dict[str, float]) -> float:
-    """The arithmetic minimum of the batches with a cached reference: (P + C + R) 4N + (C + R) 4VH."""
-    head = model.get_output_embeddings().weight
-    responses = tokens["chosen"] + tokens["rejected"]
-    return (tokens["prompt"] + responses) * 4 * body_parameters(model) + responses * 4 * head.numel()
-
-
-class Round(NamedTuple):
-    """What one contender did over the batches, a number for each step."""
-
-    seconds: list[float]
-    cpu_seconds: list[float]  # of all threads of the process; what other processes do hardly changes it
-    losses: list[float]
-
-
-def run(contenders: Sequence[Contender], batches: Sequence[Sequence[int]], turn: int) -> dict[str, Round]:
-    """Take all contenders through the batches, in turns."""
-    outcome = {c.name: Round([], [], []) for c in contenders}
-    for number, indices in enumerate(batches):
-        shift = (number + turn) % len(contenders)
-        for contender in [*contenders[shift:], *contenders[:shift]]:
-            started, cpu_started = time.perf_counter(), time.process_time()
-            loss = contender.step(indices)
-            own = outcome[contender.name]
-            own.seconds.append(time.perf_counter() - started)
-            own.cpu_seconds.append(time.process_time() - cpu_started)
-            own.losses.append(loss)
-    return outcome
-
-
-def loss_differences(losses: dict[str, list[float]], against: str) -> dict[str, float]:
-    return {
-        name: max(abs(a - b) for a, b in zip(values, losses[against], strict=True))
-        for name, values in losses.items()
-        if name != against
-    }
 
 
 def profile(contender: LifeAlign, batches: Sequence[Sequence[int]]) -> None:
@@ -314,27 +192,22 @@ def profile(contender: LifeAlign, batches: Sequence[Sequence[int]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, required=True, help="a task's folder, DATA_ROOT/TASK")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts")
-    parser.add_argument("--batches", choices=("random", "bucketed"), default="random", help="what a batch is made of")
-    parser.add_argument("--trl-autocast", action="store_true", help="TRL with bf16=True")
-    parser.add_argument("--check", action="store_true", help="compare losses over --steps steps; fails above the tolerance")
-    parser.add_argument("--profile", action="store_true", help="print the operators of LifeAlign's step; TRL is left out")
-    parser.add_argument("--json", type=Path, help="file for all figures")
-    args = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--rows", type=Path, required=True, help="a task's folder, DATA_ROOT/TASK")
+    arguments.add_argument("--batches", choices=("random", "bucketed"), default="random", help="what a batch is made of")
+    arguments.add_argument("--trl-autocast", action="store_true", help="TRL with bf16=True")
+    arguments.add_argument("--check", action="store_true", help="compare losses over --steps steps; fails above the tolerance")
+    arguments.add_argument("--profile", action="store_true", help="print the operators of LifeAlign's step; TRL is left out")
+    args = arguments.parse_args()
     rows, load = args.rows.resolve(), os.getloadavg()
-    needed = (args.warmup + args.steps) * PAIRS_A_STEP
+    count = args.warmup + args.steps
 
     with ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         save_base(base, rows, SEED)
-        lifealign = LifeAlign(stack, base, rows, args.dtype, needed, online=False)
-        pairs = lifealign.pairs
-        batches = choose_batches(pairs, args.warmup + args.steps, args.batches)
+        pairs = read_pairs(base, rows, count * PAIRS_A_STEP)
+        lifealign = LifeAlign(stack, base, pairs, args.dtype)
+        batches = choose_batches(pairs, count, args.batches)
         if args.profile:
             profile(lifealign, batches)
             return 0
@@ -342,60 +215,41 @@ def main() -> int:
         trl = partial(TRL, stack, base, args.dtype, pairs, factors, autocast=args.trl_autocast)
         with outside_process_group():
             contenders: list[Contender] = [trl(online=True), trl(online=False)]
-        if not args.check:
-            contenders.append(LifeAlign(stack, base, rows, args.dtype, needed, online=True))
-        contenders.append(lifealign)
-
         if args.check:
-            outcome = run(contenders, batches[: args.steps], 0)
-            return report_check(args, {name: done.losses for name, done in outcome.items()}, lifealign.name)
-        results = measure(args, contenders, lifealign, batches)
+            return check(args, [*contenders, lifealign], batches[: args.steps])
+        contenders += [LifeAlign(stack, base, pairs, args.dtype, online=True), lifealign]
+        results = compare(args, contenders, lifealign, batches)
     write_results(args.json, {**heading(load), **results})
     return 0
 
 
-def report_check(args: argparse.Namespace, losses: dict[str, list[float]], name: str) -> int:
+def check(args: argparse.Namespace, contenders: Sequence[Contender], batches: Sequence[Sequence[int]]) -> int:
+    """Print the losses side by side; 1 where LifeAlign's, the last, differ from another's."""
+    losses = {name: done.losses for name, done in run([Course(c.name, c, batches) for c in contenders], 0).items()}
     columns = [[f"{value:.6f}" for value in values] for values in losses.values()]
     steps = [str(i + 1) for i in range(args.steps)]
     print(table(["step", *losses], list(zip(steps, *columns, strict=True))))
-    worst = 0.0
-    for other, difference in loss_differences(losses, name).items():
+    worst, own = 0.0, losses.pop(contenders[-1].name)
+    for other, values in losses.items():
+        difference = max(abs(a - b) for a, b in zip(values, own, strict=True))
         print(f"largest difference to {other}: {difference:.2e}")
         worst = max(worst, difference)
     return int(args.dtype == "float32" and worst > TOLERANCE)
 
 
-def measure(
+def compare(
     args: argparse.Namespace, contenders: Sequence[Contender], lifealign: LifeAlign, batches: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
-    """Warm up, run the rounds, print the tables; returns all figures."""
-    dtypes = (torch.float32, torch.bfloat16)
-    outcome = run(contenders, batches[: args.warmup], 0)
-    losses = {name: list(done.losses) for name, done in outcome.items()}
-    seconds: dict[str, list[list[float]]] = {c.name: [] for c in contenders}
-    cpu_seconds: dict[str, list[list[float]]] = {c.name: [] for c in contenders}
-    rates: dict[torch.dtype, list[float]] = {dtype: [matmul_rate(dtype)] for dtype in dtypes}
-    for turn in range(args.rounds):
-        outcome = run(contenders, batches[args.warmup :], turn)
-        for name, done in outcome.items():
-            seconds[name].append(done.seconds)
-            cpu_seconds[name].append(done.cpu_seconds)
-            losses[name] += done.losses
-        for dtype in dtypes:
-            rates[dtype].append(matmul_rate(dtype))
-        print(f"round {turn + 1}: " + ", ".join(f"{n} {sum(s[-1]):.1f} s" for n, s in seconds.items()), flush=True)
-
+    """Run the rounds and print the tables; returns all figures."""
+    done = measure([[Course(c.name, c, batches) for c in contenders]], args.warmup, args.rounds)
     tokens = lengths_of(lifealign.pairs, batches[args.warmup :])
-    passes = {n: [sum(taken) for taken in rounds] for n, rounds in seconds.items()}
-    speed = {n: tokens["pairs"] / statistics.median(p) for n, p in passes.items()}
-    by_round = {n: [a / b for a, b in zip(p, passes[lifealign.name], strict=True)] for n, p in passes.items()}
-    ratio = {n: statistics.median(values) for n, values in by_round.items()}
-    cpu = {n: sum(map(sum, rounds)) for n, rounds in cpu_seconds.items()}
-    cpu_ratio = {n: value / cpu[lifealign.name] for n, value in cpu.items()}
-    medians = {str(dtype).removeprefix("torch."): statistics.median(values) for dtype, values in rates.items()}
+    names, own = list(done.seconds), lifealign.name
+    speed = {name: tokens["pairs"] / args.steps / done.step_seconds(name) for name in names}
+    by_round = {name: done.ratios(name, own) for name in names}
+    cpu_ratio = {name: done.cpu_ratio(name, own) for name in names}
+    differences = {name: done.loss_difference(name, own) for name in names if name != own}
     flops = step_flops(lifealign.model, tokens)
-    share = flops / tokens["pairs"] * speed[lifealign.name] / medians[args.dtype]
-    differences = loss_differences(losses, lifealign.name)
+    share = flops / tokens["pairs"] * speed[own] / done.rate(args.dtype)
 
     drawn = f"{args.batches} batches of {PAIRS_A_STEP} pairs"
     print(f"\n{args.rows.name}, {args.dtype} base, {drawn}, {args.steps} steps, {args.rounds} rounds")
@@ -405,19 +259,18 @@ def measure(
             [
                 [
                     name,
-                    f"{value:.2f}",
-                    f"{1e3 * PAIRS_A_STEP / value:.0f}",
-                    f"{ratio[name]:.2f}x",
-                    f"{min(by_round[name]):.2f}-{max(by_round[name]):.2f}x",
+                    f"{speed[name]:.2f}",
+                    f"{1e3 * PAIRS_A_STEP / speed[name]:.0f}",
+                    *spread(by_round[name]),
                     f"{cpu_ratio[name]:.2f}x",
                     f"{differences[name]:.1e}" if name in differences else "",
                 ]
-                for name, value in speed.items()
+                for name in names
             ],
         )
     )
     print(
-        f"matmul rate: float32 {medians['float32'] / 1e9:.0f} GFLOP/s, bfloat16 {medians['bfloat16'] / 1e9:.0f} GFLOP/s; "
+        f"{rate_line({dtype: done.rate(dtype) for dtype in done.rates})}; "
         f"LifeAlign reaches {100 * share:.1f} % of it ({args.dtype}, {flops / args.steps / 1e9:.1f} GFLOP a step)"
     )
     waste = tokens["concatenated_padded"] / tokens["concatenated"] - 1
@@ -425,7 +278,7 @@ def measure(
         f"tokens a pair: prompt {tokens['prompt'] / tokens['pairs']:.0f}, chosen {tokens['chosen'] / tokens['pairs']:.0f}, "
         f"rejected {tokens['rejected'] / tokens['pairs']:.0f}; padding of concatenated rows {100 * waste:.0f} %"
     )
-    print("load average: " + " ".join(f"{x:.2f}" for x in os.getloadavg()))
+    print(load_average())
     return {
         "settings": {
             "rows": args.rows.name,
@@ -440,18 +293,14 @@ def measure(
             "trl_autocast": args.trl_autocast,
         },
         "pairs_per_second": speed,
-        "ratio": ratio,
+        "ratio": {name: statistics.median(values) for name, values in by_round.items()},
         "ratio_by_round": by_round,
         "ratio_of_cpu_time": cpu_ratio,
-        "matmul_flops_per_second": medians,
         "share_of_matmul_rate": share,
         "flops_a_step": flops / args.steps,
         "tokens": tokens,
         "largest_loss_difference": differences,
-        "losses": losses,
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
-        "matmul_rates": {str(dtype): values for dtype, values in rates.items()},
+        **done.to_json(),
     }
 
 

@@ -17,7 +17,7 @@ from omegaconf.errors import ValidationError
 from lifealign.data.options import DataOptions, SequenceOptions
 from lifealign.errors import UserError
 from lifealign.evaluation.options import EvaluationOptions
-from lifealign.models.options import ModelOptions
+from lifealign.models.options import CacheOptions, ModelOptions
 from lifealign.objectives import Objective  # noqa: F401  registers the objectives
 from lifealign.registry import component
 from lifealign.runtime.engine import ZeroOptions
@@ -25,7 +25,7 @@ from lifealign.runtime.options import CheckpointOptions, Resume, RunOptions, Tra
 from lifealign.stages import StageOptions
 from lifealign.strategies import Strategy  # noqa: F401  registers the strategies
 
-INCIDENTAL = ("run", "resume", "tracking", "checkpoint")
+INCIDENTAL = ("run", "resume", "tracking", "checkpoint", "cache")
 """Sections that say how a run is kept and watched, and nothing about what it computes."""
 
 COMPONENTS = ("objective", "strategy")
@@ -50,6 +50,7 @@ class Config:
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
 
     def check_batches(self, pairs: Mapping[str, int], ranks: int) -> None:
         """Raises UserError where batch sizes do not divide, or a task has fewer training pairs than there are ranks."""

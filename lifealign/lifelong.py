@@ -71,7 +71,7 @@ class Lifelong:
             self.tasks = load_tasks(config.sequence, config.data, self.tokenizer, SIX_DOMAINS)
             config.check_batches({task.name: len(task.train) for task in self.tasks}, distributed.world_size())
             self.policy = make_policy(config, self.tasks)
-        self.reference = ReferenceLogps()
+        self.reference = ReferenceLogps(config.cache)
         self.strategy = config.strategy
         self.run_info = Run(self.policy, folder, config.seed)
         self.strategy.setup(self.run_info)
@@ -121,7 +121,7 @@ class Lifelong:
         ) as engine:
             if stage.name == "preference":
                 with self._timed("reference"):
-                    self._ensure_reference(engine, pairs)
+                    self._ensure_reference(engine, pairs, context.task)
             trainer = Trainer(
                 engine=engine,
                 stage=stage,
@@ -139,15 +139,15 @@ class Lifelong:
             for record in self.strategy.end_stage(context):
                 self.tracker.log("consolidation", {"task": context.task.name, "stage": stage.name, **record})
 
-    def _ensure_reference(self, engine: torch.nn.Module, pairs: Sequence[Pair]) -> None:
-        computed = self.reference.ensure(
+    def _ensure_reference(self, engine: torch.nn.Module, pairs: Sequence[Pair], task: Task) -> None:
+        counts = self.reference.ensure(
             engine,
             self.policy,
             pairs,
             batch_size=self.config.evaluation.batch_size,
             pad_token_id=pad_token_id(self.tokenizer),
         )
-        self.tracker.log("reference", {"computed_pairs": computed, "needed_pairs": len(pairs)})
+        self.tracker.log("reference", {"task": task.name, **counts._asdict()})
 
     # Evaluation and commit
 
@@ -165,7 +165,9 @@ class Lifelong:
                 predictions += [{"task": on.name, **row} for row in result.predictions]
                 for metric, value in result.scores.items():
                     self.book.record(metric, number, other, value)
-                self.tracker.log("evaluation", {"after": task.name, "on": on.name, **result.scores})
+                where = {"after": task.name, "on": on.name}
+                self.tracker.log("reference", {**where, **result.reference._asdict()})
+                self.tracker.log("evaluation", {**where, **result.scores})
         left = self.folder / "tasks" / f"{number + 1:02d}_{task.name}"
         with self._timed("saving"):
             save_adapter(self.policy.model, left / "adapter")

@@ -39,7 +39,7 @@ def rescore(folder: Path, overrides: Sequence[str]) -> ScoreBook:
     if not finished:
         raise UserError(f"{folder}: no task of this run is finished, so there is no adapter to score")
     policy = make_policy(config, tasks)
-    evaluator = Evaluator(policy, ReferenceLogps(), tokenizer, config.evaluation, beta=config.objective.beta)
+    evaluator = Evaluator(policy, ReferenceLogps(config.cache), tokenizer, config.evaluation, beta=config.objective.beta)
     book = ScoreBook([task.name for task in tasks])
     for number, adapter in enumerate(finished):
         load_adapter(policy.model, adapter)

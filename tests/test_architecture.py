@@ -18,7 +18,7 @@ from lifealign.registry import component
 
 LAYERS: list[tuple[str, ...]] = [
     ("launch",),
-    ("command", "run", "rescore", "validate", "export", "compare"),
+    ("command", "run", "rescore", "validate", "export", "compare", "cache_command"),
     ("lifelong",),
     ("config",),
     ("trainer",),

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import support
 from safetensors.torch import load_file
-from support import train_here
 
 from lifealign.errors import UserError
 from lifealign.lifelong import Lifelong
@@ -18,6 +18,11 @@ VARYING = ("pairs_per_second", "tokens_per_second")
 
 class Interrupted(Exception):
     """Stands for whatever ends a run."""
+
+
+def train_here(folder: Path, *overrides: str) -> Path:
+    """A run with a cache of its own: what another run left there would be read, and so be logged, otherwise."""
+    return support.train_here(folder, f"cache.dir={folder.parent / 'cache'}", *overrides)
 
 
 def rows(folder: Path) -> list[dict]:

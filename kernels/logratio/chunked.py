@@ -11,23 +11,39 @@ head that is trained needs the probabilities once more; they are recomputed a ch
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 
 from .reference import accumulation_dtype, head_logits, sum_by_sequence
 
-CHUNK_ELEMENTS = 1 << 23  # logits held at once: 32 MiB in float32
+CHUNK_ELEMENTS = 1 << 25  # logits held at once: 128 MiB in float32
 
 
-def _chunk_rows(vocab: int) -> int:
-    return max(16, CHUNK_ELEMENTS // vocab)
+def _chunks(tokens: int, vocab: int) -> Iterator[slice]:
+    rows = max(16, CHUNK_ELEMENTS // vocab)
+    return (slice(start, start + rows) for start in range(0, tokens, rows))
 
 
-def _logit_gradient(logits: torch.Tensor, lse: torch.Tensor, targets: torch.Tensor, softcap: float | None):
-    """d logp / d (uncapped logits), (rows, vocab): one_hot(y) - p, times the slope of the soft cap. Overwrites logits."""
+class _Chunk(NamedTuple):
+    """Of a few tokens; (rows,) or (rows, vocab)."""
+
+    logps: torch.Tensor
+    probabilities: torch.Tensor  # times the slope of the soft cap, where there is one
+    target_slope: torch.Tensor | None  # the slope of the soft cap at the target
+
+
+def _chunk(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> _Chunk:
+    """Overwrites logits. The largest probability is 1 / sum exp(z - max z), so one pass of softmax yields the sum too."""
+    targets = targets[:, None]
+    shifted = logits.gather(-1, targets) - logits.amax(-1, keepdim=True)
     slope = None if softcap is None else 1 - (logits / softcap) ** 2
-    gradient = logits.sub_(lse[:, None]).exp_().neg_()
-    gradient[torch.arange(len(targets), device=targets.device), targets] += 1
-    return gradient if slope is None else gradient.mul_(slope)
+    probabilities = torch.softmax(logits, -1, out=logits)
+    logps = (shifted + probabilities.amax(-1, keepdim=True).log()).squeeze(-1)
+    if slope is None:
+        return _Chunk(logps, probabilities, None)
+    return _Chunk(logps, probabilities.mul_(slope), slope.gather(-1, targets))
 
 
 class _SequenceLogps(torch.autograd.Function):
@@ -36,14 +52,13 @@ class _SequenceLogps(torch.autograd.Function):
         needs_unit = ctx.needs_input_grad[0]
         token_logps = torch.empty(len(targets), dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
         unit = torch.empty_like(hidden) if needs_unit else None
-        rows = _chunk_rows(weight.shape[0])
-        for start in range(0, len(targets), rows):
-            piece = slice(start, start + rows)
+        for piece in _chunks(len(targets), weight.shape[0]):
             logits = head_logits(hidden[piece], weight, bias, softcap)
-            lse = torch.logsumexp(logits, dim=-1)
-            token_logps[piece] = logits.gather(-1, targets[piece, None]).squeeze(-1) - lse
+            token_logps[piece], probabilities, target_slope = _chunk(logits, targets[piece], softcap)
             if needs_unit:
-                unit[piece] = _logit_gradient(logits, lse, targets[piece], softcap).to(weight.dtype) @ weight
+                rows = weight[targets[piece]]
+                rows = rows if target_slope is None else rows * target_slope.to(rows.dtype)
+                unit[piece] = torch.addmm(rows, probabilities.to(weight.dtype), weight, alpha=-1)
         ctx.softcap = softcap
         trains_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[5]
         ctx.save_for_backward(unit, targets, sequence_ids, *((hidden, weight, bias) if trains_head else (None,) * 3))
@@ -66,12 +81,14 @@ def _head_gradients(hidden, weight, targets, bias, softcap, scale):
     dtype = accumulation_dtype(hidden.dtype)
     grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
     grad_bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
-    rows = _chunk_rows(weight.shape[0])
-    for start in range(0, len(targets), rows):
-        piece = slice(start, start + rows)
+    for piece in _chunks(len(targets), weight.shape[0]):
         logits = head_logits(hidden[piece], weight, bias, softcap)
-        lse = torch.logsumexp(logits, dim=-1)
-        gradient = _logit_gradient(logits, lse, targets[piece], softcap).mul_(scale[piece, None])
+        _, gradient, target_slope = _chunk(logits, targets[piece], softcap)
+        # d logp / d logits = one_hot(target) - p, times the slope of the soft cap
+        gradient.neg_().scatter_add_(
+            -1, targets[piece, None], torch.ones_like(gradient[:, :1]) if target_slope is None else target_slope
+        )
+        gradient.mul_(scale[piece, None])
         grad_weight.addmm_(gradient.T, hidden[piece].to(dtype))
         if grad_bias is not None:
             grad_bias += gradient.sum(0)

@@ -18,15 +18,16 @@ from lifealign.evaluation.preference import PREFERENCE_METRICS, preference_metri
 from lifealign.evaluation.text import TEXT_METRICS
 from lifealign.models.loading import pad_token_id
 from lifealign.models.policy import Policy
-from lifealign.models.scoring import ReferenceLogps, score_pairs
+from lifealign.models.scoring import ReferenceCounts, ReferenceLogps, score_pairs
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by metric, and what the policy said of each held-out pair."""
+    """Scores by metric, what the policy said of each held-out pair, and where the reference came from."""
 
     scores: dict[str, float]
     predictions: list[dict[str, Any]]
+    reference: ReferenceCounts
 
 
 @dataclass
@@ -44,9 +45,12 @@ class Evaluator:
         pairs = task.test
         wanted = set(self.options.metrics)
         scores: dict[str, float] = {}
+        counts = ReferenceCounts(0, 0, 0)
         rows = [{"id": p.id, "prompt": p.prompt_text, "chosen": p.chosen_text, "rejected": p.rejected_text} for p in pairs]
         if wanted & set(PREFERENCE_METRICS):
-            logps, margins, scores = self._preference(module, pairs)
+            sizes = {"batch_size": self.options.batch_size, "pad_token_id": pad_token_id(self.tokenizer)}
+            counts = self.reference.ensure(module, self.policy, pairs, **sizes)
+            logps, margins, scores = self._preference(module, pairs, sizes)
             for row, (chosen, rejected), margin in zip(rows, logps.tolist(), margins.tolist(), strict=True):
                 row |= {"chosen_logp": chosen, "rejected_logp": rejected, "margin": margin}
         if self.options.generates:
@@ -62,11 +66,11 @@ class Evaluator:
             for row, text in zip(rows, texts, strict=False):
                 row["prediction"] = text
             scores |= {name: metric(texts, [p.chosen_text for p in answered]) for name, metric in TEXT_METRICS.items()}
-        return Evaluation({name: scores[name] for name in self.options.metrics}, rows)
+        return Evaluation({name: scores[name] for name in self.options.metrics}, rows, counts)
 
-    def _preference(self, module: nn.Module, pairs: Sequence[Pair]) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
-        sizes = {"batch_size": self.options.batch_size, "pad_token_id": pad_token_id(self.tokenizer)}
-        self.reference.ensure(module, self.policy, pairs, **sizes)
+    def _preference(
+        self, module: nn.Module, pairs: Sequence[Pair], sizes: dict[str, int]
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
         logps, reference = score_pairs(module, self.policy, pairs, **sizes), self.reference.of(pairs)
         gains = (logps - reference).double()
         lengths = torch.tensor([len(p.chosen) for p in pairs])

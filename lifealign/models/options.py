@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from lifealign.data.batch import RowLayout
 from lifealign.errors import UserError
+from lifealign.models.reference_cache import DEFAULT_MAX_MIB
 
 
 class BaseDtype(Enum):
@@ -48,3 +49,16 @@ class ModelOptions:
     row_layout: RowLayout = RowLayout.auto
     gradient_checkpointing: bool = False  # recompute activations in backward: slower, and far less memory
     lora: LoraOptions = field(default_factory=LoraOptions)
+
+
+@dataclass
+class CacheOptions:
+    """``cache.*``: reference log-probabilities on disk."""
+
+    enabled: bool = True
+    dir: str | None = None  # None: $LIFEALIGN_CACHE, else $XDG_CACHE_HOME/lifealign, else ~/.cache/lifealign
+    max_mib: int = DEFAULT_MAX_MIB  # of all bases together
+
+    def __post_init__(self) -> None:
+        if self.max_mib < 1:
+            raise UserError(f"cache.max_mib={self.max_mib}: must be at least 1; cache.enabled=false switches the cache off")

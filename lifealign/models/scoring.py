@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +12,10 @@ from torch import nn
 
 from lifealign.data.batch import Row, collate, length_buckets
 from lifealign.data.tokenize import Pair
+from lifealign.models.base_hash import base_hash
+from lifealign.models.options import CacheOptions
 from lifealign.models.policy import Policy
+from lifealign.models.reference_cache import ReferenceCache, reference_folder
 from lifealign.runtime import distributed
 
 
@@ -60,24 +64,59 @@ def pair_key(pair: Pair) -> bytes:
     return digest.digest()
 
 
-class ReferenceLogps:
-    """Log-probabilities under the base without its adapter, computed once for each pair of a run.
+class ReferenceCounts(NamedTuple):
+    """What :meth:`ReferenceLogps.ensure` did: pairs asked for; of these, read from disk, and computed."""
 
-    The reference never changes, so they serve every stage, epoch, replay and evaluation. They are part of a checkpoint:
-    a resumed run then reads the very numbers that the interrupted one computed.
+    needed_pairs: int
+    cached_pairs: int
+    computed_pairs: int
+
+
+class ReferenceLogps:
+    """Log-probabilities under the base without its adapter, held for every pair of a run.
+
+    The reference never changes, so they serve every stage, epoch, replay and evaluation, and through the cache on disk other
+    runs. They are part of a checkpoint: a resumed run then reads the very numbers that the interrupted one used.
+
+    Args:
+        cache: the cache on disk; None for none. The base is hashed when the first pair is missing, and only then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cache: CacheOptions | None = None) -> None:
         self._known: dict[bytes, torch.Tensor] = {}
+        self._options = cache if cache is not None and cache.enabled else None
+        self._base: str | None = None  # hash of the base, once it is known
+        self._cache: ReferenceCache | None = None  # on rank 0, likewise
 
-    def ensure(self, module: nn.Module, policy: Policy, pairs: Sequence[Pair], *, batch_size: int, pad_token_id: int) -> int:
-        """Compute what is not known yet, on every rank alike; returns how many pairs that were."""
-        missing = list({pair_key(p): p for p in pairs if pair_key(p) not in self._known}.items())
-        if missing:
+    def ensure(
+        self, module: nn.Module, policy: Policy, pairs: Sequence[Pair], *, batch_size: int, pad_token_id: int
+    ) -> ReferenceCounts:
+        """Read or compute what is not known yet, on every rank alike."""
+        missing = {key: pair for pair in pairs if (key := pair_key(pair)) not in self._known}
+        found = self._cached(policy, missing) if missing else {}
+        self._known.update(found)
+        left = {key: pair for key, pair in missing.items() if key not in found}
+        if left:
             with policy.without_adapter():
-                scores = score_pairs(module, policy, [p for _, p in missing], batch_size=batch_size, pad_token_id=pad_token_id)
-            self._known.update(zip((key for key, _ in missing), scores, strict=True))
-        return len(missing)
+                scores = score_pairs(module, policy, list(left.values()), batch_size=batch_size, pad_token_id=pad_token_id)
+            self._known.update(zip(left, scores, strict=True))
+            if self._cache is not None:
+                self._cache.add(list(left), scores.numpy())
+        return ReferenceCounts(len(pairs), len(found), len(left))
+
+    def _cached(self, policy: Policy, missing: Mapping[bytes, Pair]) -> dict[bytes, torch.Tensor]:
+        """What the cache holds of the missing pairs. Rank 0 reads for all: what is left is computed by all ranks together."""
+        if self._options is None:
+            return {}
+        if self._base is None:
+            self._base = base_hash(policy)
+            if distributed.is_main():
+                about = {"model": policy.base.name_or_path, "dtype": str(policy.dtype).removeprefix("torch.")}
+                about["device"] = distributed.device().type
+                folder, limit = reference_folder(self._options.dir), self._options.max_mib * 2**20
+                self._cache = ReferenceCache(folder, self._base, limit, about)
+        found = self._cache.lookup(missing) if self._cache is not None else None
+        return {key: torch.tensor(logps) for key, logps in distributed.broadcast_object(found).items()}
 
     def of(self, pairs: Sequence[Pair]) -> torch.Tensor:
         """(pairs, 2) float32, chosen first. Raises KeyError for a pair that was never computed."""
