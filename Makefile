@@ -4,8 +4,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# As in the commands (lifealign/environment.py): threads that wait must not spin on shared cores.
+# As in the commands (lifealign/environment.py): threads that wait must not spin for long on shared cores.
 export OMP_WAIT_POLICY := passive
+export GOMP_SPINCOUNT := 10000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: install train test test-all lint clean

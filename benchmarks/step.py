@@ -1,4 +1,4 @@
-"""The preference step against TRL's DPOTrainer, on the same rows, batches, model and adapter, in one process.
+"""The preference step against TRL's DPOTrainer, on the same rows, batches, model and adapter, in one run.
 
     pip install -c constraints.txt -e '.[bench]'
     python benchmarks/step.py --rows DATA_ROOT/hh_harmless --dtype float32 --json out.json
@@ -6,15 +6,17 @@
     python benchmarks/step.py --rows DATA_ROOT/hh_harmless --profile    # where LifeAlign's own step spends its time
 
 Every contender takes the same optimiser steps: a step runs from lists of token ids to the updated adapter and the loss
-as a number, collation, clipping and AdamW included. All of them take step 1 before any takes step 2, in an order that
-rotates, so that what else the machine does meets all alike. A round is one pass over the steps; pairs/s and ratios are
-medians over rounds. Warm-up steps are other batches, and left out. "by CPU time" is the ratio of processor seconds
-instead of elapsed ones; on a machine that is shared it is the steadier of the two.
+as a number, collation, clipping and AdamW included. They alternate every few steps, in an order that rotates, so that what
+else the machine does meets all alike. A round is one pass over the steps; pairs/s and ratios are medians over rounds.
+Warm-up steps are other batches, and left out. "by CPU time" is the ratio of processor seconds instead of elapsed ones; on a
+machine that is shared it is the steadier of the two.
 
 - LifeAlign takes the step of its own ``Trainer`` in its own DeepSpeed engine (ZeRO 0, one process), on a policy made by
   its own ``make_policy``. "online reference" computes the reference of a batch with the product's own ``ReferenceLogps`` before
   its step; "cached reference" has it computed before the clock starts.
-- TRL runs ``DPOTrainer.training_step`` with its own collator, clipping, optimiser and schedule, in the order of
+- TRL runs in processes of its own (trl_process.py), whose environment is that of the shell: LifeAlign's commands set how
+  threads wait and how memory is mapped, which is part of the product and not of TRL. It runs
+  ``DPOTrainer.training_step`` with its own collator, clipping, optimiser and schedule, in the order of
   ``transformers.Trainer``. Its callbacks, FLOP counting and logging are left out, and gradient checkpointing, which TRL
   turns on by default, is turned off: both in its favour. Rows are handed over as token ids, so ``_prepare_dataset`` is
   skipped. In bf16 the base is loaded in bf16 and the adapter is float32, as in LifeAlign (``--trl-autocast`` adds TRL's
@@ -26,22 +28,26 @@ attention scores are not counted.
 
 import os
 
+ENVIRONMENT = dict(os.environ)  # TRL's, as its users have it
 os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
-from lifealign.environment import prepare_process
+from lifealign.environment import prepare_process  # noqa: E402
 
 prepare_process()
 
 import argparse  # noqa: E402
+import json  # noqa: E402
 import statistics  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Iterator, Sequence  # noqa: E402
-from contextlib import ExitStack, contextmanager  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+from contextlib import ExitStack  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
+from subprocess import PIPE  # noqa: E402
 from typing import Any  # noqa: E402
-from unittest import mock  # noqa: E402
 
 import torch  # noqa: E402
 from common import heading, load_average, rate_line, save_base, table, write_results  # noqa: E402
@@ -62,6 +68,7 @@ from contender import (  # noqa: E402
     spread,
     step_flops,
 )
+from safetensors.torch import save_file  # noqa: E402
 
 from lifealign.data.tokenize import Pair  # noqa: E402
 from lifealign.models.adapter import named_factors  # noqa: E402
@@ -70,87 +77,43 @@ from lifealign.trainer import plan_batches  # noqa: E402
 TOLERANCE = 1e-4  # of --check, float32
 
 
-@contextmanager
-def outside_process_group() -> Iterator[None]:
-    """LifeAlign has joined a process group of one; told of it, accelerate would wrap TRL's model for several processes."""
-    with mock.patch.dict(os.environ):
-        for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            os.environ.pop(variable, None)
-        yield
-
-
 class TRL:
-    """TRL's DPOTrainer, a step at a time, from the adapter in ``factors``."""
+    """TRL's DPOTrainer, a step at a time, in a process with the environment that this one was started with.
+
+    Args:
+        stack: ends the process.
+        factors: file of the adapter to begin with.
+    """
 
     def __init__(
-        self,
-        stack: ExitStack,
-        base: Path,
-        dtype: str,
-        pairs: Sequence[Pair],
-        factors: dict[str, torch.Tensor],
-        *,
-        online: bool,
-        autocast: bool,
+        self, stack: ExitStack, base: Path, dtype: str, pairs: Sequence[Pair], factors: Path, *, online: bool, autocast: bool
     ) -> None:
-        from accelerate.utils import DistributedType
-        from datasets import Dataset, disable_progress_bars
-        from peft import LoraConfig
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from trl import DPOConfig, DPOTrainer
-
-        class Pretokenised(DPOTrainer):
-            def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
-                return dataset
-
         self.name = f"TRL, {'online' if online else 'cached'} reference"
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        disable_progress_bars()
-        arguments = DPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=PAIRS_A_STEP,
-            precompute_ref_log_probs=not online,
-            learning_rate=LR,
-            lr_scheduler_type="constant",
-            max_grad_norm=MAX_GRAD_NORM,
-            beta=BETA,
-            gradient_checkpointing=False,
-            bf16=autocast,
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            seed=SEED,
+        command = [sys.executable, str(Path(__file__).with_name("trl_process.py"))]
+        self._process = subprocess.Popen(
+            command, env=ENVIRONMENT, stdin=PIPE, stdout=PIPE, stderr=subprocess.DEVNULL, text=True
         )
-        columns = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected"}
-        self.trainer = trainer = Pretokenised(
-            model=AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)),
-            args=arguments,
-            train_dataset=Dataset.from_list([{key: getattr(p, of) for key, of in columns.items()} for p in pairs]),
-            processing_class=AutoTokenizer.from_pretrained(base),
-            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
-        )
-        assert trainer.accelerator.distributed_type is DistributedType.NO, "TRL must not wrap its model"
-        own = dict(named_factors(trainer.model))
-        assert own.keys() == factors.keys()
-        for name, value in factors.items():
-            assert own[name].dtype == torch.float32
-            own[name].data.copy_(value)
-        trainer.create_optimizer_and_scheduler(num_training_steps=10**6)
-        trainer.current_gradient_accumulation_steps = 1
-        self.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
-        self.model.train()
-        self.rows = trainer.train_dataset.to_list()
+        stack.callback(self._process.kill)
+        rows = [{"prompt_ids": list(p.prompt), "chosen_ids": list(p.chosen), "rejected_ids": list(p.rejected)} for p in pairs]
+        order = {"base": str(base), "dtype": dtype, "pairs": rows, "factors": str(factors), "online": online}
+        numbers = {"batch_size": PAIRS_A_STEP, "lr": LR, "beta": BETA, "max_grad_norm": MAX_GRAD_NORM, "seed": SEED}
+        answer = self._ask({**order, **numbers, "autocast": autocast})
+        if answer.strip() != "ready":
+            raise RuntimeError("trl_process.py did not start; run it by hand to see why")
+        self._cpu_seconds = 0.0
+
+    def _ask(self, line: Any) -> str:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(line), file=self._process.stdin, flush=True)
+        return self._process.stdout.readline()
 
     def step(self, indices: Sequence[int]) -> float:
-        trainer = self.trainer
-        inputs = trainer.data_collator([self.rows[i] for i in indices])
-        loss = trainer.training_step(self.model, inputs)
-        trainer.accelerator.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
-        trainer.optimizer.step()
-        trainer.lr_scheduler.step()
-        self.model.zero_grad()
-        return loss.item()
+        loss, seconds = json.loads(self._ask(list(indices)))
+        self._cpu_seconds += seconds
+        return loss
+
+    def cpu_seconds(self) -> float:
+        return self._cpu_seconds
 
 
 def choose_batches(pairs: Sequence[Pair], count: int, order: str) -> list[list[int]]:
@@ -211,10 +174,10 @@ def main() -> int:
         if args.profile:
             profile(lifealign, batches)
             return 0
-        factors = {name: p.detach().clone() for name, p in named_factors(lifealign.model)}
+        factors = base / "factors.safetensors"
+        save_file({name: p.detach().clone() for name, p in named_factors(lifealign.model)}, factors)
         trl = partial(TRL, stack, base, args.dtype, pairs, factors, autocast=args.trl_autocast)
-        with outside_process_group():
-            contenders: list[Contender] = [trl(online=True), trl(online=False)]
+        contenders: list[Contender] = [trl(online=True), trl(online=False)]
         if args.check:
             return check(args, [*contenders, lifealign], batches[: args.steps])
         contenders += [LifeAlign(stack, base, pairs, args.dtype, online=True), lifealign]

@@ -23,7 +23,7 @@ from lifealign.evaluation.evaluate import Evaluator
 from lifealign.evaluation.scores import ScoreBook
 from lifealign.models.adapter import read_factors, save_adapter, write_factors
 from lifealign.models.loading import attach_lora, enable_gradient_checkpointing, load_base, load_tokenizer, pad_token_id
-from lifealign.models.policy import Policy, choose_head, choose_layout
+from lifealign.models.policy import Policy, choose_head, choose_layout, choose_operations
 from lifealign.models.scoring import ReferenceLogps, pair_row
 from lifealign.runtime import checkpoint, distributed
 from lifealign.runtime.engine import deepspeed_config, inference_engine, training_engine
@@ -256,6 +256,7 @@ def make_policy(config: Config, tasks: Sequence[Task]) -> Policy:
         module.eval()
         choose_head(policy, distributed.device())
         choose_layout(policy, config.model.row_layout, longest_row=longest, device=distributed.device())
+        choose_operations(policy, distributed.device())
     if config.model.gradient_checkpointing:
         enable_gradient_checkpointing(model, zero_stage=config.zero.stage)
     return policy

@@ -118,7 +118,7 @@ class PreferenceStage:
         return 1
 
     def outcome(self, logps: torch.Tensor, pairs: Sequence[Pair]) -> Outcome:
-        result = self.objective(logps.view(-1, 2), self.reference.of(pairs).to(logps.device))
+        result = self.objective(logps.view(-1, 2), self.reference.of(pairs).to(logps.device, non_blocking=True))
         margins = result.chosen_rewards - result.rejected_rewards
         return Outcome(
             result.losses.sum(),

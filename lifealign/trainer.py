@@ -1,10 +1,13 @@
-"""The step loop of one stage: batches, losses, the check before a step, and the figures of each."""
+"""The step loop of one stage: batches, losses, the checks around a step, and the figures of what is logged."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +15,7 @@ import deepspeed
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from lifealign.data.batch import collate
+from lifealign.data.batch import Batch, Extent, Row, collate, extent
 from lifealign.data.tokenize import Pair
 from lifealign.errors import TrainingDiverged
 from lifealign.runtime import distributed
@@ -21,6 +24,8 @@ from lifealign.runtime.terminal import step_progress
 from lifealign.runtime.tracking import Tracker
 from lifealign.stages import Outcome, Stage, StageOptions
 from lifealign.strategies import Context, Strategy
+
+log = logging.getLogger(__name__)
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int, epochs: int, generator: torch.Generator) -> list[list[int]]:
@@ -41,13 +46,35 @@ def plan_batches(lengths: Sequence[int], batch_size: int, epochs: int, generator
     return batches
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass of this rank works on."""
+
+    pairs: Sequence[Pair]  # at least one
+    rows: Batch
+    counted: int  # how many of the pairs count: all, or none
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one optimiser step of this rank works on, and how much all ranks have together."""
+
+    micro_batches: Sequence[MicroBatch]
+    size: int  # what the loss is divided by
+    pairs: int
+    tokens: int
+
+
 @dataclass
 class Trainer:
     """Trains the policy inside ``engine`` through one stage.
 
     The loss of a step is the mean over its whole global batch, however that is split: each micro-batch's sum is divided
-    by the count of the global batch, which every rank knows, and DeepSpeed's averaging over ranks and micro-batches is
+    by the size of the global batch, which every rank knows, and DeepSpeed's averaging over ranks and micro-batches is
     multiplied away.
+
+    A step waits for the device once: for the sum over ranks of its loss, before the optimiser takes it. The gradient norm,
+    known only afterwards, comes with the next step's, and the logged line of a step is written then.
     """
 
     engine: deepspeed.DeepSpeedEngine
@@ -60,125 +87,202 @@ class Trainer:
     log_every: int = 1
     steps_before: int = 0  # optimiser steps of the run before this stage, for the logged step number
 
+    def __post_init__(self) -> None:
+        self._taken = 0  # steps of this stage
+        self._norm = torch.zeros((), device=distributed.device())  # of the last of them
+        self._window = _Window()
+        self._line: dict[str, float] | None = None  # of the last step, where it is logged: all but its gradient norm
+
     def train(self, pairs: Sequence[Pair]) -> int:
-        """Run all epochs over ``pairs``; returns the number of optimiser steps taken."""
-        accumulation = self.options.accumulation(self.stage.name, distributed.world_size())
-        micro = self.options.micro_batch_size
+        """Run all epochs over ``pairs``; returns the number of optimiser steps taken.
+
+        Raises:
+            TrainingDiverged: a loss, a gradient norm or a logged figure is not finite; the same on every rank.
+        """
         batch_size = self.options.global_batch(self.stage.name, distributed.world_size())
-        lengths = [self.stage.row(p).length for p in pairs]
-        batches = plan_batches(lengths, batch_size, self.options.epochs, self.context.generator("batches"))
+        rows = [self.stage.row(p) for p in pairs]
+        plan = plan_batches([r.length for r in rows], batch_size, self.options.epochs, self.context.generator("batches"))
+        self._tell_extent(rows, plan, batch_size)
+        batches = ([pairs[i] for i in indices] for indices in plan)
         self.engine.train()
-        with step_progress(f"{self.context.task.name} {self.stage.name}", len(batches)) as progress:
-            for number, indices in enumerate(batches):
-                started = time.perf_counter()
-                batch = [pairs[i] for i in indices]
-                values = self._step(batch, list(self._micro_batches(batch, micro, accumulation)), number)
+        self._window = _Window()
+        with (
+            step_progress(f"{self.context.task.name} {self.stage.name}", len(plan)) as progress,
+            closing(self._collated(batches)) as collated,
+        ):
+            started = time.perf_counter()
+            for number, batch in enumerate(collated):
+                log_it = number % self.log_every == 0 or number + 1 == len(plan)
+                loss = self.step(batch, steps=len(plan) if log_it else None)
                 seconds = time.perf_counter() - started
-                values |= {
-                    "pairs_per_second": len(batch) / seconds,
-                    "tokens_per_second": values.pop("tokens") / seconds,
-                }
-                if number % self.log_every == 0 or number + 1 == len(batches):
-                    self._log(number, len(batches), values)
-                figures = f"loss {values['loss']:.4f}  {values['pairs_per_second']:.1f} pairs/s"
+                started += seconds
+                figures = f"loss {loss:.4f}  {batch.pairs / seconds:.1f} pairs/s"
                 progress.update(progress.task_ids[0], advance=1, figures=figures)
-        return len(batches)
+        self._fetch()
+        return len(plan)
 
-    def _micro_batches(self, batch: list[Pair], micro: int, accumulation: int) -> Iterator[list[Pair]]:
-        """This rank's share of a global batch; the last batch of an epoch may leave some of it empty."""
-        for turn in range(accumulation):
-            start = (turn * distributed.world_size() + distributed.rank()) * micro
-            yield batch[start : start + micro]
+    def _tell_extent(self, rows: Sequence[Row], plan: Sequence[Sequence[int]], batch_size: int) -> None:
+        """Say in the log how much this stage computes, and how much of that is padding."""
+        layout, micro = self.engine.module.layout, self.options.micro_batch_size
+        shares = (batch[i : i + micro] for batch in plan for i in range(0, len(batch), micro))
+        extents = [extent([rows[i] for i in share], layout) for share in shares]
+        whole = Extent(sum(e.tokens for e in extents), sum(e.positions for e in extents))
+        log.info(
+            f"{self.stage.name}: {whole.tokens:,} tokens in {len(plan):,} batches of {batch_size} pairs, "
+            f"rows {layout.value}, {whole.positions:,} positions computed, {100 * whole.padding:.1f} % padding"
+        )
 
-    def _step(self, batch: list[Pair], shares: list[list[Pair]], number: int) -> dict[str, float]:
-        """One optimiser step; returns its figures over the global batch."""
-        count = sum(self.stage.size(p) for p in batch)
-        upscale = distributed.world_size() * len(shares)
-        lr = self.engine.get_lr()[0]
-        sums = _Sums()
-        for turn, share in enumerate(shares, 1):
+    def _collated(self, batches: Iterable[Sequence[Pair]]) -> Generator[StepBatch, None, None]:
+        """The batches in order; a second thread collates each while the step before it is taken, and none earlier."""
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="collate") as thread:
+            coming: Future[StepBatch] | None = None
+            for batch in batches:
+                due, coming = coming, thread.submit(self.collate, batch)
+                if due is not None:
+                    yield due.result()
+            if coming is not None:
+                yield coming.result()
+
+    def collate(self, batch: Sequence[Pair]) -> StepBatch:
+        """This rank's micro-batches of a global batch, on the host; the last batch of an epoch may leave some empty.
+
+        Args:
+            batch: at least one pair, and at most as many as an optimiser step sees.
+        """
+        layout, micro, ranks = self.engine.module.layout, self.options.micro_batch_size, distributed.world_size()
+        micro_batches = []
+        for turn in range(self.options.accumulation(self.stage.name, ranks)):
+            start = (turn * ranks + distributed.rank()) * micro
+            share = batch[start : start + micro]
             # A share without pairs still runs, with a loss of 0: the other ranks wait in the same collectives.
             pairs = share or batch[:1]
-            rows = collate(
-                [self.stage.row(p) for p in pairs],
-                layout=self.engine.module.layout,
-                pad_token_id=self.pad_token_id,
-            ).to(distributed.device())
-            logps = self.engine(rows)
-            outcome = self.stage.outcome(logps, pairs)
-            own_loss = outcome.loss / count * (1 if share else 0)
-            terms = self.strategy.loss_terms(self.context, rows, logps)
-            total = own_loss * upscale + sum(terms.values())
-            self.engine.backward(total)
-            sums.add(own_loss, terms, outcome, rows.tokens if share else 0, len(share))
-            if turn == len(shares):
-                values = sums.reduce(len(shares))
-                self._check_finite(values, number)
+            rows = collate([self.stage.row(p) for p in pairs], layout=layout, pad_token_id=self.pad_token_id)
+            micro_batches.append(MicroBatch(pairs, rows, counted=len(share)))
+        size = sum(self.stage.size(p) for p in batch)
+        tokens = extent([self.stage.row(p) for p in batch], layout).tokens
+        return StepBatch(micro_batches, size, len(batch), tokens)
+
+    def step(self, batch: StepBatch, *, steps: int | None = None) -> float:
+        """Take one optimiser step; returns the loss over the global batch.
+
+        Args:
+            steps: how many the stage has, where this one is to be logged.
+
+        Raises:
+            TrainingDiverged: this step's loss, or what the step before left, is not finite; this step is not taken.
+        """
+        lr = self.engine.get_lr()[0]
+        own_losses = []
+        for turn, micro_batch in enumerate(batch.micro_batches, 1):
+            own_losses.append(self._backward(micro_batch, batch))
+            if turn == len(batch.micro_batches):
+                loss, *sums = self._fetch(torch.stack(own_losses).sum(), *(self._window.sums() if steps is not None else ()))
+                self._check_finite({"loss": loss}, self._taken + 1)
             norm = step(self.engine)
-        self._check_finite({"grad_norm": norm}, number, taken=True)
-        return {**values, "lr": lr, "grad_norm": norm}
+        assert norm is not None, "the last micro-batch of a step ends it"
+        self._taken, self._norm = self._taken + 1, norm
+        self._window.close_step(batch, loss)
+        if steps is not None:
+            self._line = {"stage_steps": steps, **self._window.means(sums), "lr": lr}
+            self._window = _Window()
+        return loss
+
+    def _backward(self, micro_batch: MicroBatch, batch: StepBatch) -> torch.Tensor:
+        """Add a micro-batch's gradient; returns its part of the loss over the global batch: () float64, detached."""
+        upscale = distributed.world_size() * len(batch.micro_batches)
+        rows = micro_batch.rows.to(distributed.device())
+        logps = self.engine(rows)
+        outcome = self.stage.outcome(logps, micro_batch.pairs)
+        own_loss = outcome.loss / batch.size * (1 if micro_batch.counted else 0)
+        terms = self.strategy.loss_terms(self.context, rows, logps)
+        self.engine.backward(own_loss * upscale + sum(terms.values()))
+        shares = {name: value.detach().double() / upscale for name, value in terms.items()}
+        self._window.add(shares, outcome, micro_batch.counted)
+        return own_loss.detach().double() + sum(shares.values())
+
+    def _fetch(self, *values: torch.Tensor) -> list[float]:
+        """Sums over ranks of scalars, as numbers: one exchange, and the one host synchronisation of a step.
+
+        The gradient norm of the step before comes with them; with it that step is checked, and logged where it is to be.
+
+        Raises:
+            TrainingDiverged: the norm, or a figure of the step's line, is not finite.
+        """
+        own_norm = self._norm.double() / distributed.world_size()  # every rank knows the same norm
+        scalars = torch.stack([value.double() for value in (own_norm, *values)])
+        norm, *sums = distributed.sum_over_ranks(scalars).tolist()
+        line, self._line = self._line, None
+        self._check_finite({"grad_norm": norm, **(line or {})}, self._taken, taken=True)
+        if line is not None:
+            self._log({**line, "grad_norm": norm})
+        return sums
 
     def _check_finite(self, values: Mapping[str, float], number: int, *, taken: bool = False) -> None:
-        """All ranks hold the same values, so all of them stop, or none; ``taken`` says whether the step was."""
-        if not all(map(math.isfinite, values.values())):
-            bad = next(k for k, v in values.items() if not math.isfinite(v))
+        """All ranks hold the same values, so all of them stop, or none; ``taken`` says whether step ``number`` was."""
+        bad = next((name for name, value in values.items() if not math.isfinite(value)), None)
+        if bad is not None:
             raise TrainingDiverged(
-                f"{bad} is {values[bad]} at step {number + 1} of the {self.stage.name} stage of task "
+                f"{bad} is {values[bad]} at step {number} of the {self.stage.name} stage of task "
                 f"{self.context.task.name}; {'no checkpoint holds' if taken else 'the optimiser has not taken'} this step"
             )
 
-    def _log(self, number: int, total: int, values: Mapping[str, float]) -> None:
+    def _log(self, values: Mapping[str, float]) -> None:
+        """Write the line of the last step taken."""
         self.tracker.log(
             "step",
             {
-                "step": self.steps_before + number + 1,
+                "step": self.steps_before + self._taken,
                 "task": self.context.task.name,
                 "task_number": self.context.task_number,
                 "stage": self.stage.name,
-                "stage_step": number + 1,
-                "stage_steps": total,
+                "stage_step": self._taken,
                 **values,
             },
         )
 
 
-class _Sums:
-    """Figures of one step, summed over micro-batches here and over ranks in :meth:`reduce`: one exchange a step."""
+class _Window:
+    """The steps since the last logged one: sums of this rank's figures on the device, and what every rank knows."""
 
     def __init__(self) -> None:
-        self.loss: list[torch.Tensor] = []
-        self.terms: dict[str, torch.Tensor] = {}
+        self.started = time.perf_counter()
+        self.terms: dict[str, torch.Tensor] = {}  # () float64 each, as are the figures
         self.figures: dict[str, torch.Tensor] = {}
-        self.tokens = self.pairs = 0
+        self.losses: list[float] = []  # a step each
+        self.pairs = self.tokens = 0
 
-    def add(self, loss: torch.Tensor, terms: Mapping[str, torch.Tensor], outcome: Outcome, tokens: int, pairs: int) -> None:
-        self.loss.append(loss.detach())
+    def add(self, terms: Mapping[str, torch.Tensor], outcome: Outcome, counted: int) -> None:
+        """Take in a micro-batch: its shares of a step's terms, and the figures of its pairs where they count."""
         for name, value in terms.items():
-            self.terms[name] = self.terms.get(name, 0) + value.detach()
+            self.terms[name] = self.terms.get(name, 0) + value
         for name, value in outcome.figures.items():
-            # Of a share without pairs nothing counts.
-            self.figures[name] = self.figures.get(name, 0) + value[:pairs].sum()
-        self.tokens += tokens
-        self.pairs += pairs
+            self.figures[name] = self.figures.get(name, 0) + value[:counted].sum(dtype=torch.float64)
 
-    def reduce(self, accumulation: int) -> dict[str, float]:
-        """Figures over the global batch, the same on every rank; the one host synchronisation of a step."""
-        device = self.loss[0].device
-        counts = torch.tensor([self.tokens, self.pairs], dtype=torch.float64, device=device)
-        named = {"loss": sum(self.loss), **self.terms, **self.figures}
-        sums = torch.cat([torch.stack([v.double() for v in named.values()]), counts])
-        *totals, tokens, pairs = distributed.sum_over_ranks(sums).tolist()
-        values = dict(zip(named, totals, strict=True))
-        for name in self.terms:
-            values[name] /= accumulation * distributed.world_size()
-        for name in self.figures:
-            values[name] /= pairs
-        values["loss"] += sum(values[name] for name in self.terms)
-        return {**values, "tokens": tokens}
+    def close_step(self, batch: StepBatch, loss: float) -> None:
+        """A step is taken whose micro-batches have been added."""
+        self.losses.append(loss)
+        self.pairs += batch.pairs
+        self.tokens += batch.tokens
+
+    def sums(self) -> list[torch.Tensor]:
+        """Terms, then figures, to be summed over ranks; in the same order on every rank."""
+        return [*self.terms.values(), *self.figures.values()]
+
+    def means(self, sums: Sequence[float]) -> dict[str, float]:
+        """Figures of the window from its sums over ranks: losses and terms are means over steps, the others over pairs."""
+        seconds = time.perf_counter() - self.started
+        of_terms, of_figures = sums[: len(self.terms)], sums[len(self.terms) :]
+        return {
+            "loss": math.fsum(self.losses) / len(self.losses),
+            **{name: value / len(self.losses) for name, value in zip(self.terms, of_terms, strict=True)},
+            **{name: value / self.pairs for name, value in zip(self.figures, of_figures, strict=True)},
+            "pairs_per_second": self.pairs / seconds,
+            "tokens_per_second": self.tokens / seconds,
+        }
 
 
 def make_optimizer(options: StageOptions, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
+    return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay, fused=True)
 
 
 def make_schedule(options: StageOptions, steps: int, optimizer: Any) -> torch.optim.lr_scheduler.LRScheduler:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,14 +53,21 @@ class Batch:
     predictors: torch.Tensor  # (targets,) int64 index into the flattened positions: where each target is predicted
     targets: torch.Tensor  # (targets,) int64 token ids
     sequence_ids: torch.Tensor  # (targets,) int64
+    read: torch.Tensor  # (positions,) int64, the predictors in order and once each: all that the head reads
     num_sequences: int
     layout: RowLayout
     spans: tuple[tuple[int, ...], ...]  # a row each: tokens of its prompt, then of each response
     tokens: int  # positions that are not padding
 
     def to(self, device: torch.device) -> Batch:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()})
+        """The batch on ``device``; to a card it goes through pinned memory, so that the host need not wait for the card."""
+        to_card = device.type == "cuda" and self.input_ids.device.type == "cpu"
+
+        def moved(value: torch.Tensor) -> torch.Tensor:
+            return (value.pin_memory() if to_card else value).to(device, non_blocking=to_card)
+
+        held: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: moved(v) if isinstance(v, torch.Tensor) else v for k, v in held.items()})
 
     @property
     def needs_mask(self) -> bool:
@@ -111,11 +118,13 @@ def collate(rows: Sequence[Row], *, layout: RowLayout, pad_token_id: int) -> Bat
                 targets.append(torch.tensor(response))
                 sequence_ids.append(torch.full((len(response),), len(sequence_ids)))
             start = end
+    all_predictors = torch.cat(predictors)
     return Batch(
         input_ids=ids,
         position_ids=positions,
         segments=segments,
-        predictors=torch.cat(predictors),
+        predictors=all_predictors,
+        read=all_predictors.unique(),
         targets=torch.cat(targets),
         sequence_ids=torch.cat(sequence_ids),
         num_sequences=len(sequence_ids),
@@ -132,6 +141,24 @@ def _lines(rows: Sequence[Row], layout: RowLayout) -> list[list[Row]]:
     if layout is RowLayout.shared:
         return [[row] for row in rows]
     return [[Row(row.prompt, [response])] for row in rows for response in row.responses]
+
+
+class Extent(NamedTuple):
+    """What one batch or several hold, and what they cost."""
+
+    tokens: int  # positions that are not padding
+    positions: int  # lines x length
+
+    @property
+    def padding(self) -> float:
+        """Share of the positions that hold no token."""
+        return 1 - self.tokens / self.positions if self.positions else 0.0
+
+
+def extent(rows: Sequence[Row], layout: RowLayout) -> Extent:
+    """The extent of the batch that :func:`collate` would make of these rows, found from their lengths."""
+    lengths = [sum(row.length for row in line) for line in _lines(rows, layout)]
+    return Extent(sum(lengths), max(lengths) * len(lengths))
 
 
 def length_buckets(lengths: Sequence[int], size: int) -> Iterator[list[int]]:

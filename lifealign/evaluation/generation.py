@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lifealign.data.batch import length_buckets
+from lifealign.models.adapter import merged
 from lifealign.models.loading import pad_token_id
 from lifealign.models.policy import Policy
 from lifealign.runtime import distributed
@@ -34,12 +35,13 @@ def generate(
     was_training = module.training
     module.eval()
     mine: dict[int, str] = {}
-    for start in range(0, len(buckets), world):
-        number = start + distributed.rank()
-        bucket = buckets[min(number, len(buckets) - 1)]
-        texts = _generate_batch(policy, [prompts[i] for i in bucket], tokenizer, max_new_tokens)
-        if number < len(buckets):
-            mine |= zip(bucket, texts, strict=True)
+    with merged(policy.model):  # measured to be faster: a decoded token pays for every small product of the adapter
+        for start in range(0, len(buckets), world):
+            number = start + distributed.rank()
+            bucket = buckets[min(number, len(buckets) - 1)]
+            texts = _generate_batch(policy, [prompts[i] for i in bucket], tokenizer, max_new_tokens)
+            if number < len(buckets):
+                mine |= zip(bucket, texts, strict=True)
     module.train(was_training)
     everywhere = {i: text for share in distributed.gather_objects(mine) for i, text in share.items()}
     return [everywhere[i] for i in range(len(prompts))]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners import lora
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -54,6 +56,42 @@ def write_factors(model: PeftModel, values: Mapping[str, torch.Tensor], owners: 
             if owners[name] == distributed.rank():
                 parameter.copy_(values[name])
             distributed.broadcast(parameter.data, owners[name])
+
+
+@contextmanager
+def merged(model: PeftModel) -> Iterator[None]:
+    """Inside, adapted layers hold W + scaling * B A where that is as good as the adapter beside W, and compute no more.
+
+    For evaluation: dropout and gradients of the adapter are left out. Holds a second copy of every adapted weight. The
+    tensors that stood there before come back as they were: subtracting what was added would leave its rounding behind.
+    """
+    before: list[tuple[lora.Linear, torch.Tensor]] = []
+    try:
+        for layer in model.modules():
+            if isinstance(layer, lora.Linear) and _can_merge(layer):
+                weight, name = layer.base_layer.weight, layer.active_adapters[0]
+                a, b = layer.lora_A[name].weight.detach().float(), layer.lora_B[name].weight.detach().float()
+                before.append((layer, weight.data))
+                weight.data = torch.addmm(weight.data, b, a, alpha=layer.scaling[name])
+                layer.merged_adapters.append(name)  # what PEFT's forward goes by
+        yield
+    finally:
+        for layer, own in before:
+            layer.base_layer.weight.data = own
+            layer.merged_adapters.clear()
+
+
+def _can_merge(layer: lora.Linear) -> bool:
+    """Whether merging changes nothing but rounding in float32; what is not plain LoRA is left to PEFT."""
+    base, names = layer.base_layer, layer.active_adapters
+    if layer.disable_adapters or layer.merged or len(names) != 1 or names[0] not in layer.lora_A:
+        return False
+    if type(base) is not torch.nn.Linear or names[0] in layer.lora_variant or layer.lora_bias[names[0]]:
+        return False
+    if any(hasattr(p, "ds_id") for p in layer.parameters()):
+        return False  # partitioned by ZeRO-3: no rank holds the weight
+    # A weight of 16 bits would round off an update that is small beside it, and so generate from another adapter.
+    return base.weight.dtype == torch.float32
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:

@@ -15,7 +15,8 @@ from torch import nn
 from lifealign.data.batch import Batch, Row, RowLayout, collate
 from lifealign.errors import UserError
 from lifealign.kernels import sequence_logps
-from lifealign.models import attention
+from lifealign.models import attention, flex
+from lifealign.models.lean import ReadPositions, replace_small_operations, restore_small_operations
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +30,10 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 class Policy(nn.Module):
     """Wraps a PEFT model so that one forward call yields log-probabilities and never a tensor of all logits.
 
-    The body runs on all positions; the output head on the positions that predict a response token. The head is read
-    as a weight, not called, so what a model does beside the matrix product (soft cap, scaling) is taken from its
-    configuration, and :func:`choose_layout` compares the outcome with the model's own logits before anything is trained.
+    The body runs on all positions; the output head, and most of the last layer, on those that predict a response token.
+    The head is read as a weight, not called, so what a model does beside the matrix product (soft cap, scaling) is taken
+    from its configuration, and :func:`choose_layout` compares the outcome with the model's own logits before anything is
+    trained.
     """
 
     def __init__(self, model: PeftModel) -> None:
@@ -39,6 +41,7 @@ class Policy(nn.Module):
         self.model = model
         self.layout = RowLayout.concatenated  # set by choose_layout
         self.head_impl: str | None = None  # None: the kernel that suits the device; set by choose_head
+        self.read_positions = ReadPositions(self.base.get_decoder())
         for parameter in self.base.get_output_embeddings().parameters():
             if hasattr(parameter, "ds_id"):  # ZeRO-3 gathers for a module what is its own, or declared like this
                 deepspeed.zero.register_external_parameter(self, parameter)
@@ -54,7 +57,8 @@ class Policy(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """(num_sequences,) float32 log-probability of each response, summed over its tokens."""
-        hidden = self.base.get_decoder()(batch.input_ids, use_cache=False, **_attention_inputs(batch)).last_hidden_state
+        with self.read_positions.only(batch.read):
+            hidden = self.base.get_decoder()(batch.input_ids, use_cache=False, **_attention_inputs(batch)).last_hidden_state
         predicting = hidden.flatten(0, 1)[batch.predictors]
         config, head = self.base.config.get_text_config(), self.base.get_output_embeddings()
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
@@ -91,11 +95,13 @@ def _attention_inputs(batch: Batch) -> dict[str, Any]:
         # Positions run from 0 on and are left out: transformers would take the zeros of padding for packed sequences.
         return {}
     if batch.layout is RowLayout.packed:
-        # A mask of four dimensions keeps transformers from making one of its own; nothing reads it.
+        # A mask of four dimensions keeps transformers from making one of its own; on a CPU nothing reads it.
+        if batch.input_ids.is_cuda:
+            return {"position_ids": batch.position_ids, "attention_mask": flex.block_mask(batch.spans, batch.input_ids.device)}
         return {
             "position_ids": batch.position_ids,
-            "attention_mask": torch.empty(1, 1, 0, 0, dtype=torch.bool, device=batch.input_ids.device),
-            "spans": batch.spans,
+            "attention_mask": torch.empty(1, 1, 0, 0, dtype=torch.bool),
+            "packing": attention.Packing(batch.spans),
         }
     return {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask()}
 
@@ -139,20 +145,23 @@ def _head_problem(policy: Policy, impl: str | None, device: torch.device) -> str
 def choose_layout(policy: Policy, wanted: RowLayout, *, longest_row: int, device: torch.device) -> None:
     """Decide how rows are laid out, and prove on the loaded model that log-probabilities come out right.
 
-    ``auto`` takes the first layout that does: packed on CPU, where attention piece by piece was measured to be the cheapest,
-    then shared, then concatenated. Must run on every rank, with the adapter still zero.
+    ``auto`` takes the first layout that does: packed (attention piece by piece on a CPU, FlexAttention on a card), then
+    shared, then concatenated. Must run on every rank, with the adapter still zero.
 
     Raises:
         UserError: where the fast head disagrees with the model's own logits, or the layout that was asked for does.
     """
     apart = _deviation(policy, RowLayout.concatenated, device)
     if apart:
+        log.warning("the last layer is computed at all positions: %s", apart)
+        policy.read_positions.enabled = False
+        apart = _deviation(policy, RowLayout.concatenated, device)
+    if apart:
         raise UserError(
             f"model.path: the output head of {type(policy.base).__name__} is not a plain linear map; {apart}, so this "
             "architecture is not supported"
         )
-    first = RowLayout.packed if device.type == "cpu" else RowLayout.shared
-    for layout in (first, RowLayout.shared) if wanted is RowLayout.auto else (wanted,):
+    for layout in (RowLayout.packed, RowLayout.shared) if wanted is RowLayout.auto else (wanted,):
         problem = _layout_problem(policy, layout, longest_row, device)
         if problem is None:
             policy.layout = layout
@@ -169,25 +178,78 @@ def _layout_problem(policy: Policy, layout: RowLayout, longest_row: int, device:
         return None
     problem = _attention_window_problem(policy, longest_row)
     if problem is None and layout is RowLayout.packed:
-        if policy.base.config._attn_implementation not in ("sdpa", attention.NAME):
-            return "the model does not run on SDPA attention"
-        policy.base.set_attn_implementation(attention.NAME)
+        problem = _packing_problem(policy, device)
+        if problem is None:
+            policy.base.set_attn_implementation(flex.NAME if device.type == "cuda" else attention.NAME)
     return problem or _deviation(policy, layout, device)
+
+
+def _packing_problem(policy: Policy, device: torch.device) -> str | None:
+    """Why attention over packed rows cannot be used; on a card it is compiled there and then, and proves itself."""
+    config = policy.base.config.get_text_config()
+    if policy.base.config._attn_implementation not in ("sdpa", attention.NAME, flex.NAME):
+        return "the model does not run on SDPA attention"
+    if getattr(config, "attention_dropout", 0):
+        return f"the model has attention dropout ({config.attention_dropout})"
+    if device.type != "cuda":
+        return None
+    heads = config.num_attention_heads
+    try:
+        off = flex.kernel_error(
+            heads=heads,
+            key_heads=getattr(config, "num_key_value_heads", None) or heads,
+            width=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            dtype=policy.dtype,
+            device=device,
+        )
+    except Exception as error:  # whatever keeps the kernel from running here, another layout does not need it
+        return f"FlexAttention does not run: {type(error).__name__}: {error}"
+    return None if off < GRADIENT_TOLERANCE[policy.dtype] else f"FlexAttention is off by {off:.2g}"  # a NaN is off too
+
+
+@torch.no_grad()
+def choose_operations(policy: Policy, device: torch.device) -> None:
+    """On a CPU, replace small operations by faster ones (``lifealign.models.lean``) unless that changes log-probabilities."""
+    if device.type != "cpu":
+        return
+    batch = _probe(policy, policy.layout)
+    expected = policy(batch)
+    replace_small_operations(policy.base)
+    problem = _difference(policy, policy(batch), expected)
+    if problem is not None:
+        log.warning("small operations stay transformers' own: %s", problem)
+        restore_small_operations(policy.base)
 
 
 @torch.no_grad()
 def _deviation(policy: Policy, layout: RowLayout, device: torch.device) -> str | None:
     """How far log-probabilities under a layout are off those from the model's own logits, where that is too far."""
+    expected = _logps_from_logits(policy, _probe(policy, RowLayout.concatenated).to(device))
+    try:
+        got = policy(_probe(policy, layout).to(device))
+    except Exception as error:  # an architecture that cannot be called like this can be called otherwise
+        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return _difference(policy, got, expected)
+
+
+PROBE = ((7, (5, 9)), (3, (11, 2)))
+"""Tokens of two prompts and of their responses, short and uneven."""
+
+
+def _probe(policy: Policy, layout: RowLayout) -> Batch:
+    """Two rows of random tokens."""
     generator = torch.Generator().manual_seed(0)
     vocab = policy.base.config.get_text_config().vocab_size
     draw = lambda n: torch.randint(vocab, (n,), generator=generator).tolist()  # noqa: E731
-    rows = [Row(draw(7), [draw(5), draw(9)]), Row(draw(3), [draw(11), draw(2)])]
-    expected = _logps_from_logits(policy, collate(rows, layout=RowLayout.concatenated, pad_token_id=0).to(device))
-    got = policy(collate(rows, layout=layout, pad_token_id=0).to(device))
-    off = ((got - expected).abs().cpu() / torch.tensor([5.0, 9, 11, 2])).max()
-    if off < PARITY_TOLERANCE[policy.dtype]:
-        return None
-    return f"log-probabilities are off by {off:.2g} a token"
+    rows = [Row(draw(prompt), [draw(n) for n in responses]) for prompt, responses in PROBE]
+    return collate(rows, layout=layout, pad_token_id=0)
+
+
+def _difference(policy: Policy, got: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """What is wrong with log-probabilities of the probe, if they are too far off."""
+    lengths = torch.tensor([n for _, responses in PROBE for n in responses])
+    off = ((got - expected).abs().cpu() / lengths).max()
+    return None if off < PARITY_TOLERANCE[policy.dtype] else f"log-probabilities are off by {off:.2g} a token"
 
 
 def _attention_window_problem(policy: Policy, longest_row: int) -> str | None:

@@ -95,17 +95,21 @@ def _close(engine: deepspeed.DeepSpeedEngine) -> None:
     engine.destroy()
 
 
-def step(engine: deepspeed.DeepSpeedEngine) -> float | None:
+def step(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor | None:
     """Let the engine take its step, or only count a micro-batch; returns the norm of the whole gradient before clipping.
 
-    None where the engine has only counted. ZeRO 1 to 3 compute the norm while they step; at stage 0 every rank holds the
-    whole averaged gradient until the step clears it.
+    The norm is a scalar on the device, so that nobody waits for it here; None where the engine has only counted. ZeRO 1
+    to 3 compute it while they step; at stage 0 every rank holds the whole averaged gradient until the step clears it.
     """
     stepping = engine.is_gradient_accumulation_boundary()
     norm = None
     if stepping and engine.zero_optimization_stage() == 0:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        trained = (p for group in engine.optimizer.param_groups for p in group["params"])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     engine.step()
     if not stepping:
         return None
-    return float(engine.get_global_grad_norm() if norm is None else norm)
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    if isinstance(norm, torch.Tensor):
+        return norm.to(distributed.device())
+    return torch.full((), norm, dtype=torch.float64, device=distributed.device())  # filled there: nothing is copied

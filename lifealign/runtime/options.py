@@ -50,7 +50,7 @@ class TrackingOptions:
     mode: TrackingMode = TrackingMode.offline
     project: str = "lifealign"
     group: str | None = None
-    log_every: int = 1  # steps between logged lines
+    log_every: int = 1  # steps from one logged line to the next; a line holds means over them
 
     def __post_init__(self) -> None:
         if self.log_every < 1:
