@@ -26,7 +26,7 @@ from lifealign.stages import StageOptions
 from lifealign.strategies import Strategy  # noqa: F401  registers the strategies
 
 INCIDENTAL = ("run", "resume", "tracking", "checkpoint", "cache")
-"""Sections that say how a run is kept and watched, and nothing about what it computes."""
+"""Sections that say how a run is kept and watched, and nothing, beyond rounding, about what it computes."""
 
 COMPONENTS = ("objective", "strategy")
 """Sections whose schema is that of a registered component."""

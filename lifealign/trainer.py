@@ -73,7 +73,7 @@ class Trainer:
     by the size of the global batch, which every rank knows, and DeepSpeed's averaging over ranks and micro-batches is
     multiplied away.
 
-    A step waits for the device once: for the sum over ranks of its loss, before the optimiser takes it. The gradient norm,
+    A step fetches from the device once: the sum over ranks of its loss, before the optimiser takes it. The gradient norm,
     known only afterwards, comes with the next step's, and the logged line of a step is written then.
     """
 

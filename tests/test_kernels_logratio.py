@@ -190,6 +190,20 @@ def test_large_logits_stay_finite(impl: str) -> None:
     assert hidden.grad.flatten().tolist() == pytest.approx([-1000.0, 0.0])
 
 
+def test_a_confident_token_keeps_its_small_gradient_in_bfloat16(impl: str) -> None:
+    """1 - p of the target is taken before anything is rounded: in bfloat16 a p above 0.998 is 1."""
+    case = make_case(24, 64, torch.bfloat16, bias=False)
+    rows = case.weight[case.targets].float()
+    hidden = (rows * 12 / rows.square().sum(1, keepdim=True)).bfloat16()  # the target's logit is 12, the others' some ±4
+    probabilities = (hidden.double() @ case.weight.double().T).softmax(-1)
+    assert (probabilities.gather(1, case.targets[:, None]) > 0.998).double().mean() > 0.5
+    leaf = hidden.clone().requires_grad_()
+    sequence_logps(leaf, case.weight, case.targets, torch.arange(24), 24, impl=impl).sum().backward()
+    expected = case.weight.double()[case.targets] - probabilities @ case.weight.double()
+    off = (leaf.grad.double() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert off.max() < 0.1, "a logit of 12 is known to ±0.03, and so 1 - p to some percent"
+
+
 def test_no_tokens_at_all(impl: str) -> None:
     hidden = torch.zeros(0, 4, requires_grad=True)
     none = torch.zeros(0, dtype=torch.int64)

@@ -9,10 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lifealign import kernels
 from lifealign.data.batch import Row, RowLayout, collate
 from lifealign.errors import UserError
+from lifealign.models import lean
 from lifealign.models import policy as policy_module
 from lifealign.models.loading import attach_lora
 from lifealign.models.options import LoraOptions
-from lifealign.models.policy import Policy, choose_head, choose_layout
+from lifealign.models.policy import Policy, choose_head, choose_layout, choose_operations
 
 SMALL = {
     "vocab_size": 83,
@@ -37,12 +38,16 @@ ARCHITECTURES = {
     "cohere": {"logit_scale": 0.25},
     "phi": {},  # a head with a bias
 }
+AWKWARD = {
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1},  # its feed-forward network returns a tuple
+    "nemotron": {},  # reads the attention mask itself
+}
 ROWS = [Row([5, 9, 11], [[7, 3], [8, 8, 4]]), Row([21, 6], [[40, 41, 42, 43], [2]])]
 
 
 def build(kind: str, **settings: object) -> Policy:
     torch.manual_seed(1)
-    config = AutoConfig.for_model(kind, **{**SMALL, **ARCHITECTURES[kind], **settings})
+    config = AutoConfig.for_model(kind, **{**SMALL, **(ARCHITECTURES | AWKWARD)[kind], **settings})
     base = AutoModelForCausalLM.from_config(config).eval()
     base.requires_grad_(False)
     for parameter in base.parameters():  # biases and norms start at constants, which would hide what they do
@@ -101,6 +106,32 @@ def test_a_head_that_is_no_linear_map_is_refused() -> None:
     head.register_forward_hook(lambda module, inputs, output: 2 * output)
     with pytest.raises(UserError, match="not a plain linear map"):
         choose_layout(policy, RowLayout.auto, longest_row=8, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "enabled"),
+    [("llama", RowLayout.packed, True), ("gpt_oss", RowLayout.concatenated, False), ("nemotron", RowLayout.shared, True)],
+)
+def test_what_an_architecture_cannot_be_called_with_is_left_out(kind: str, layout: RowLayout, enabled: bool) -> None:
+    policy = build(kind)
+    choose_layout(policy, RowLayout.auto, longest_row=40, device=torch.device("cpu"))
+    assert policy.layout is layout
+    assert policy.read_positions.enabled is enabled
+    with torch.no_grad():
+        logps = policy(collate(ROWS, layout=layout, pad_token_id=0))
+        torch.testing.assert_close(logps.double(), expected(policy, ROWS), rtol=1e-5, atol=1e-5)
+
+
+def test_operations_that_change_the_outcome_are_taken_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = build("llama")
+    with torch.no_grad():
+        before = policy(collate(ROWS, layout=policy.layout, pad_token_id=0))
+        monkeypatch.setattr(lean, "_norm_forward", lambda module, x: 2 * x)
+        choose_operations(policy, torch.device("cpu"))
+        assert "small operations stay transformers' own" in caplog.text
+        assert torch.equal(policy(collate(ROWS, layout=policy.layout, pad_token_id=0)), before)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ head that is trained needs the probabilities once more; they are recomputed a ch
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 
@@ -26,24 +25,22 @@ def _chunks(tokens: int, vocab: int) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, tokens, rows))
 
 
-class _Chunk(NamedTuple):
-    """Of a few tokens; (rows,) or (rows, vocab)."""
+def _logps_and_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities (rows,), and minus their gradient to the logits (rows, vocab): p - one_hot(target), times the slope
+    of the soft cap.
 
-    logps: torch.Tensor
-    probabilities: torch.Tensor  # times the slope of the soft cap, where there is one
-    target_slope: torch.Tensor | None  # the slope of the soft cap at the target
-
-
-def _chunk(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> _Chunk:
-    """Overwrites logits. The largest probability is 1 / sum exp(z - max z), so one pass of softmax yields the sum too."""
+    Overwrites logits. The largest probability is 1 / sum exp(z - max z), so one pass of softmax yields the sum too. The
+    target is subtracted here, in the accumulation dtype: in bfloat16 a p_target close to 1 would be rounded to 1.
+    """
     targets = targets[:, None]
     shifted = logits.gather(-1, targets) - logits.amax(-1, keepdim=True)
     slope = None if softcap is None else 1 - (logits / softcap) ** 2
-    probabilities = torch.softmax(logits, -1, out=logits)
-    logps = (shifted + probabilities.amax(-1, keepdim=True).log()).squeeze(-1)
-    if slope is None:
-        return _Chunk(logps, probabilities, None)
-    return _Chunk(logps, probabilities.mul_(slope), slope.gather(-1, targets))
+    p = torch.softmax(logits, -1, out=logits)
+    logps = (shifted + p.amax(-1, keepdim=True).log()).squeeze(-1)
+    p.scatter_add_(-1, targets, p.new_full(targets.shape, -1.0))
+    return logps, p if slope is None else p.mul_(slope)
 
 
 class _SequenceLogps(torch.autograd.Function):
@@ -54,11 +51,9 @@ class _SequenceLogps(torch.autograd.Function):
         unit = torch.empty_like(hidden) if needs_unit else None
         for piece in _chunks(len(targets), weight.shape[0]):
             logits = head_logits(hidden[piece], weight, bias, softcap)
-            token_logps[piece], probabilities, target_slope = _chunk(logits, targets[piece], softcap)
+            token_logps[piece], gradient = _logps_and_gradient(logits, targets[piece], softcap)
             if needs_unit:
-                rows = weight[targets[piece]]
-                rows = rows if target_slope is None else rows * target_slope.to(rows.dtype)
-                unit[piece] = torch.addmm(rows, probabilities.to(weight.dtype), weight, alpha=-1)
+                unit[piece] = (gradient.to(weight.dtype) @ weight).neg_()
         ctx.softcap = softcap
         trains_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[5]
         ctx.save_for_backward(unit, targets, sequence_ids, *((hidden, weight, bias) if trains_head else (None,) * 3))
@@ -83,12 +78,8 @@ def _head_gradients(hidden, weight, targets, bias, softcap, scale):
     grad_bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
     for piece in _chunks(len(targets), weight.shape[0]):
         logits = head_logits(hidden[piece], weight, bias, softcap)
-        _, gradient, target_slope = _chunk(logits, targets[piece], softcap)
-        # d logp / d logits = one_hot(target) - p, times the slope of the soft cap
-        gradient.neg_().scatter_add_(
-            -1, targets[piece, None], torch.ones_like(gradient[:, :1]) if target_slope is None else target_slope
-        )
-        gradient.mul_(scale[piece, None])
+        _, gradient = _logps_and_gradient(logits, targets[piece], softcap)
+        gradient.mul_(-scale[piece, None])
         grad_weight.addmm_(gradient.T, hidden[piece].to(dtype))
         if grad_bias is not None:
             grad_bias += gradient.sum(0)

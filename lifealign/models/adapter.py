@@ -76,7 +76,7 @@ def merged(model: PeftModel) -> Iterator[None]:
                 layer.merged_adapters.append(name)  # what PEFT's forward goes by
         yield
     finally:
-        for layer, own in before:
+        for layer, own in reversed(before):  # a weight that two layers share has been replaced twice
             layer.base_layer.weight.data = own
             layer.merged_adapters.clear()
 

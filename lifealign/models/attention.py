@@ -134,7 +134,7 @@ def packed_attention(
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention interface. A layout with ``packing`` is not chosen for a model with attention dropout.
+    """Transformers' attention interface.
 
     Args:
         query: (1, heads, tokens, width).
@@ -142,9 +142,14 @@ def packed_attention(
 
     Returns:
         (1, tokens, heads, width), and no attention weights.
+
+    Raises:
+        NotImplementedError: for attention dropout or a soft cap; rows of such a model are laid out otherwise.
     """
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if dropout or kwargs.get("softcap") is not None:
+        raise NotImplementedError("rows are not packed for models with attention dropout or a soft cap of attention scores")
     is_last_layer = module.layer_idx == module.config.num_hidden_layers - 1
     pieces = packing.predicting if is_last_layer else packing.pieces
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

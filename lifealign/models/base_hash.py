@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from lifealign.models.policy import Policy, gathered
@@ -32,7 +33,7 @@ def base_hash(policy: Policy) -> str:
     Call on every rank: a partitioned base (ZeRO-3) is gathered tensor by tensor, and rank 0 hashes.
     """
     config = _relevant(policy.base.config.to_dict())
-    facts = [FORMAT, config, str(policy.dtype), distributed.device().type]
+    facts = [FORMAT, transformers.__version__, config, str(policy.dtype), distributed.device().type]
     digests: list[tuple[str, Future[str]]] = []
     running: deque[Future[str]] = deque()
     with ThreadPoolExecutor(AT_ONCE) as pool:  # hashlib lets go of Python's lock

@@ -27,7 +27,7 @@ BLOCK = 128
 """Tokens a block; FlexAttention's own default."""
 
 
-@lru_cache(maxsize=2)  # the layers, and the reference and the policy, share one
+@lru_cache(maxsize=1)  # a batch that is accumulated over, or scored twice in a row, makes it once
 def block_mask(spans: tuple[tuple[int, ...], ...], device: torch.device) -> BlockMask:
     """Who sees whom on the line on which rows stand one behind another.
 

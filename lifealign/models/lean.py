@@ -1,7 +1,7 @@
 """What a forward and backward pass need not do: the last layer where nobody reads it, and a second look at small operations.
 
-Both work in place on whatever transformers model is loaded, and both are proven on it before anything is trained:
-``lifealign.models.policy`` compares log-probabilities with and without, and takes back what changes them.
+Both work in place on whatever transformers model is loaded. ``lifealign.models.policy`` compares log-probabilities with and
+without on a short probe, the adapter still zero, and takes back what changes them.
 """
 
 from __future__ import annotations
@@ -64,22 +64,24 @@ class ReadPositions:
         return whole.index_copy(0, self._positions, output[0]).view(*self._shape, -1)
 
 
-def replace_small_operations(base: nn.Module) -> None:
+def replace_small_operations(base: nn.Module) -> list[Any]:
     """Give RMS norms and LoRA layers a backward of their own, with fewer passes over memory than autograd's.
 
     For CPUs, where it was measured; on a card these operations are a smaller share and have kernels of their own.
+
+    Returns:
+        The modules whose ``forward`` was replaced; deleting that attribute takes it back.
     """
+    replaced: list[Any] = []
     for module in base.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             module.forward = MethodType(_norm_forward, module)
         elif type(module) is lora.Linear and isinstance(module.base_layer, nn.Linear):
             module.forward = MethodType(_lora_forward, module)
-
-
-def restore_small_operations(base: nn.Module) -> None:
-    """Take back what :func:`replace_small_operations` did."""
-    for module in base.modules():
-        vars(module).pop("forward", None)
+        else:
+            continue
+        replaced.append(module)
+    return replaced
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -16,7 +16,8 @@ from lifealign.data.batch import Batch, Row, RowLayout, collate
 from lifealign.errors import UserError
 from lifealign.kernels import sequence_logps
 from lifealign.models import attention, flex
-from lifealign.models.lean import ReadPositions, replace_small_operations, restore_small_operations
+from lifealign.models.lean import ReadPositions, replace_small_operations
+from lifealign.runtime import distributed
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def choose_head(policy: Policy, device: torch.device) -> None:
     """
     if device.type == "cpu":
         return  # the torch implementation already
-    problem = _head_problem(policy, None, device)
+    problem = _agreed(_head_problem(policy, None, device))
     if problem is not None:
         log.warning("the fused head is not used, the torch implementation is: %s", problem)
         policy.head_impl = "chunked"
@@ -138,7 +139,7 @@ def _head_problem(policy: Policy, impl: str | None, device: torch.device) -> str
             gradients.append(leaf.grad.double())
         off = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
     except Exception as error:  # whatever keeps a kernel from running here, the torch implementation does not need it
-        return f"{type(error).__name__}: {error}"
+        return _said(error)
     return None if off < GRADIENT_TOLERANCE[policy.dtype] else f"its gradient is off by {off:.2g}"
 
 
@@ -178,10 +179,15 @@ def _layout_problem(policy: Policy, layout: RowLayout, longest_row: int, device:
         return None
     problem = _attention_window_problem(policy, longest_row)
     if problem is None and layout is RowLayout.packed:
-        problem = _packing_problem(policy, device)
-        if problem is None:
-            policy.base.set_attn_implementation(flex.NAME if device.type == "cuda" else attention.NAME)
-    return problem or _deviation(policy, layout, device)
+        problem = _agreed(_packing_problem(policy, device))
+    if problem is not None or layout is not RowLayout.packed:
+        return problem or _deviation(policy, layout, device)
+    before = policy.base.config._attn_implementation
+    policy.base.set_attn_implementation(flex.NAME if device.type == "cuda" else attention.NAME)
+    problem = _deviation(policy, layout, device)
+    if problem is not None:
+        policy.base.set_attn_implementation(before)
+    return problem
 
 
 def _packing_problem(policy: Policy, device: torch.device) -> str | None:
@@ -203,22 +209,29 @@ def _packing_problem(policy: Policy, device: torch.device) -> str | None:
             device=device,
         )
     except Exception as error:  # whatever keeps the kernel from running here, another layout does not need it
-        return f"FlexAttention does not run: {type(error).__name__}: {error}"
+        return f"FlexAttention does not run: {_said(error)}"
     return None if off < GRADIENT_TOLERANCE[policy.dtype] else f"FlexAttention is off by {off:.2g}"  # a NaN is off too
 
 
 @torch.no_grad()
 def choose_operations(policy: Policy, device: torch.device) -> None:
-    """On a CPU, replace small operations by faster ones (``lifealign.models.lean``) unless that changes log-probabilities."""
+    """On a CPU, replace small operations by faster ones (``lifealign.models.lean``) unless that changes log-probabilities.
+
+    What is compared is the forward pass with the adapter still zero; their backward passes are a matter of the tests.
+    """
     if device.type != "cpu":
         return
     batch = _probe(policy, policy.layout)
     expected = policy(batch)
-    replace_small_operations(policy.base)
-    problem = _difference(policy, policy(batch), expected)
+    replaced = replace_small_operations(policy.base)
+    try:
+        problem = _difference(policy, policy(batch), expected)
+    except Exception as error:  # whatever they do not suit, transformers' own do
+        problem = _said(error)
     if problem is not None:
         log.warning("small operations stay transformers' own: %s", problem)
-        restore_small_operations(policy.base)
+        for module in replaced:
+            del module.forward
 
 
 @torch.no_grad()
@@ -227,9 +240,19 @@ def _deviation(policy: Policy, layout: RowLayout, device: torch.device) -> str |
     expected = _logps_from_logits(policy, _probe(policy, RowLayout.concatenated).to(device))
     try:
         got = policy(_probe(policy, layout).to(device))
+        problem = _difference(policy, got, expected)
     except Exception as error:  # an architecture that cannot be called like this can be called otherwise
-        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-    return _difference(policy, got, expected)
+        problem = _said(error)
+    return _agreed(problem)
+
+
+def _agreed(problem: str | None) -> str | None:
+    """The first problem of any rank, on every rank: all must take the same way, or they wait for each other for ever."""
+    return next((p for p in distributed.gather_objects(problem) if p is not None), None)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 PROBE = ((7, (5, 9)), (3, (11, 2)))

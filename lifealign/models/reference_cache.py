@@ -170,8 +170,9 @@ def _hold_bound(folder: Path, max_bytes: int, *, keep: Path) -> None:
         if total <= max_bytes:
             return
         if path != keep:
-            path.unlink(missing_ok=True)
-            total -= size
+            with suppress(OSError):  # not ours to remove
+                path.unlink(missing_ok=True)
+                total -= size
 
 
 def _sha256(content: bytes) -> str:

@@ -101,7 +101,8 @@ class ReferenceLogps:
                 scores = score_pairs(module, policy, list(left.values()), batch_size=batch_size, pad_token_id=pad_token_id)
             self._known.update(zip(left, scores, strict=True))
             if self._cache is not None:
-                self._cache.add(list(left), scores.numpy())
+                sound = torch.isfinite(scores).all(dim=1)  # what went wrong once must not come back in every run
+                self._cache.add([key for key, good in zip(left, sound, strict=True) if good], scores[sound].numpy())
         return ReferenceCounts(len(pairs), len(found), len(left))
 
     def _cached(self, policy: Policy, missing: Mapping[bytes, Pair]) -> dict[bytes, torch.Tensor]:
