@@ -111,11 +111,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _without_folders(argument: str) -> str:
+    """Absolute paths say nothing to a reader: the last two names are enough."""
+    path = Path(argument)
+    return "/".join(path.parts[-2:]) if path.is_absolute() else argument
+
+
 def heading(started_load: Sequence[float]) -> dict[str, Any]:
     """What every JSON file begins with; call it when the measurements are done."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        "command": " ".join(_without_folders(argument) for argument in sys.argv),
         "machine": machine(),
         "load_average": {"before": list(started_load), "after": list(os.getloadavg())},
         "versions": versions(),
