@@ -6,7 +6,8 @@ prepare_process()
 
 from pathlib import Path  # noqa: E402
 
-from lifealign.command import ArgumentParser, exit_codes  # noqa: E402
+from lifealign.arguments import ArgumentParser  # noqa: E402
+from lifealign.command import exit_codes  # noqa: E402
 from lifealign.export import export  # noqa: E402
 
 

@@ -6,15 +6,14 @@ Imports neither torch nor anything that does, ``lifealign.command`` among it: th
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
+from lifealign.arguments import ArgumentParser, exit_code
 from lifealign.errors import UserError
 from lifealign.models.reference_cache import DEFAULT_MAX_MIB, CachedBase, cached_bases, clear, reference_folder
 
@@ -24,31 +23,25 @@ SHORT = 12
 
 def main(arguments: Sequence[str]) -> int:
     """Do what the command line asks for. Returns the exit code: 2 for a mistake, which is told in one line."""
-    try:
-        given = _parser().parse_args(arguments)
-        if given.dir is not None and not Path(given.dir).expanduser().is_dir():
-            raise UserError(f"--dir {given.dir}: no such folder; give the one that cache.dir named")
-        folder = reference_folder(given.dir)
-        if given.action == "clear":
-            _clear(folder, given.base)
-        else:
-            (_list if given.action == "list" else _size)(folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: _do(arguments))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help says what there is")
+def _do(arguments: Sequence[str]) -> None:
+    given = _parser().parse_args(arguments)
+    if given.dir is not None and not Path(given.dir).expanduser().is_dir():
+        raise UserError(f"--dir {given.dir}: no such folder; give the one that cache.dir named")
+    folder = reference_folder(given.dir)
+    if given.action == "clear":
+        _clear(folder, given.base)
+    else:
+        (_list if given.action == "list" else _size)(folder)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> ArgumentParser:
     where = argparse.ArgumentParser(add_help=False)
     where.add_argument("--dir", metavar="DIR", help="what cache.dir was; the default is that of a run")
-    parser = _Parser(prog="cache.py", description="The cache of reference log-probabilities.")
-    actions = parser.add_subparsers(dest="action", required=True, parser_class=_Parser, metavar="list | size | clear")
+    parser = ArgumentParser(prog="cache.py", description="The cache of reference log-probabilities.")
+    actions = parser.add_subparsers(dest="action", required=True, parser_class=ArgumentParser, metavar="list | size | clear")
     actions.add_parser("list", parents=[where], help="the bases, with pairs, size and when they were last used")
     actions.add_parser("size", parents=[where], help="the size of all of it")
     clearing = actions.add_parser("clear", parents=[where], help="remove all of it, or one base")

@@ -5,7 +5,6 @@ Exit 0: the work was done. 2: a user's mistake, told in one line on standard err
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import sys
@@ -26,10 +25,13 @@ from omegaconf.errors import OmegaConfBaseException
 import lifealign.conf
 from lifealign.config import Config
 from lifealign.data.options import SequenceOptions
-from lifealign.errors import TrainingDiverged, UserError, did_you_mean
+from lifealign.errors import ConsolidationFailed, TrainingDiverged, UserError, did_you_mean
 from lifealign.runtime import distributed
 
-KNOWN = (UserError, TrainingDiverged, HydraException, OmegaConfBaseException)
+FAILURES = (TrainingDiverged, ConsolidationFailed)
+"""What ends a run though the user made no mistake, and is told in one line."""
+
+KNOWN = (UserError, *FAILURES, HydraException, OmegaConfBaseException)
 """What is told in one line."""
 
 FREE_KEYS = ("zero.settings.", "sequence.sources.")
@@ -84,19 +86,12 @@ def exit_codes() -> Iterator[list[Exception]]:
     if failures:
         if not distributed.is_main():
             time.sleep(GRACE_SECONDS)
-        sys.exit(1 if any(isinstance(failure, TrainingDiverged) for failure in failures) else 2)
+        sys.exit(1 if any(isinstance(failure, FAILURES) for failure in failures) else 2)
 
 
 def _print_error(error: Exception) -> None:
     if distributed.is_main():
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """The library's, with its mistakes told in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        _refuse_arguments(message)
 
 
 def _refuse_arguments(message: str) -> NoReturn:
@@ -179,7 +174,7 @@ def _undeclared(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 def one_line(error: Exception) -> str:
     """What is wrong, where, and the nearest thing that would be right, in one line."""
-    if isinstance(error, (UserError, TrainingDiverged)):
+    if isinstance(error, (UserError, *FAILURES)):
         return str(error)
     cause: BaseException = error
     while isinstance(cause, HydraException) and cause.__cause__ is not None:

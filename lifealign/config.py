@@ -122,10 +122,15 @@ def _masked(value: Any, key: str = "") -> Any:
     return "***" if secret else value
 
 
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """sha256 over the settings that matter, of what ``config.yaml`` holds; the same however a run is kept and watched."""
+    values = {key: value for key, value in settings.items() if key not in INCIDENTAL}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def run_name(composed: DictConfig) -> str:
     """Name of a run that is told no other: a function of its settings, so that the same command finds it again."""
-    values = {k: v for k, v in resolved(composed).items() if k not in INCIDENTAL}
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    digest = settings_hash(resolved(composed))[:8]
     return f"{composed.sequence.name}-{composed.strategy.name}-{composed.objective.name}-seed{composed.seed}-{digest}"
 
 

@@ -23,6 +23,13 @@ class TrainingDiverged(RuntimeError):
     """
 
 
+class ConsolidationFailed(RuntimeError):
+    """An update of the adapter could not be made long-term memory. Raised on every rank; the raw update is never passed on.
+
+    Commands print the text alone and exit with status 1.
+    """
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest known word, or ``"; known: a, b"`` where none is near and they are few."""
     names = sorted(str(k) for k in known)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lifealign.assets import SIX_DOMAINS
-from lifealign.config import Config
+from lifealign.config import Config, settings_hash
 from lifealign.data.tasks import Task, load_tasks
 from lifealign.data.tokenize import Pair
 from lifealign.errors import UserError
@@ -61,9 +61,10 @@ class Lifelong:
         config: the whole configuration.
         folder: the run directory, the same on every rank.
         tracker: where numbers go.
+        settings: the same configuration as plain values, as ``config.yaml`` holds it.
     """
 
-    def __init__(self, config: Config, folder: Path, tracker: Tracker) -> None:
+    def __init__(self, config: Config, folder: Path, tracker: Tracker, settings: Mapping[str, Any]) -> None:
         self.config, self.folder, self.tracker = config, folder, tracker
         self.timing: dict[str, float] = defaultdict(float)
         with self._timed("loading"):
@@ -73,7 +74,7 @@ class Lifelong:
             self.policy = make_policy(config, self.tasks)
         self.reference = ReferenceLogps(config.cache)
         self.strategy = config.strategy
-        self.run_info = Run(self.policy, folder, config.seed)
+        self.run_info = Run(self.policy, folder, config.seed, settings_hash(settings))
         self.strategy.setup(self.run_info)
         self.evaluator = Evaluator(self.policy, self.reference, self.tokenizer, config.evaluation, beta=config.objective.beta)
         self.book = ScoreBook([task.name for task in self.tasks])

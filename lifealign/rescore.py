@@ -1,15 +1,15 @@
-"""Score a finished or interrupted run again: every task's adapter on the tasks seen by then."""
+"""Score adapters again: those that a run's tasks left, or one that was made of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lifealign.assets import SIX_DOMAINS
 from lifealign.config import Config, build, load_run
-from lifealign.data.tasks import load_tasks
+from lifealign.data.tasks import Task, load_tasks
 from lifealign.errors import UserError
-from lifealign.evaluation.evaluate import Evaluator
+from lifealign.evaluation.evaluate import Evaluation, Evaluator
 from lifealign.evaluation.scores import ScoreBook, closing_table
 from lifealign.lifelong import make_policy
 from lifealign.models.adapter import load_adapter
@@ -21,35 +21,55 @@ from lifealign.runtime.files import write_json, write_json_lines
 from lifealign.runtime.terminal import console
 
 
-def rescore(folder: Path, overrides: Sequence[str]) -> ScoreBook:
-    """Score what each finished task of a run left, into ``folder/rescored/``; the run's own scores stay as they are.
+class Scorer:
+    """A run's base and tasks, made ready to score adapters as the run scored its own.
 
     Args:
         folder: a run directory.
         overrides: ``key=value``, of which those of ``evaluation`` and ``data.max_eval`` make sense.
 
     Raises:
+        UserError: where the folder holds no run.
+    """
+
+    def __init__(self, folder: Path, overrides: Sequence[str] = ()) -> None:
+        self.config: Config = build(load_run(folder, overrides))
+        distributed.start()
+        tokenizer = load_tokenizer(self.config.model)
+        self.tasks = load_tasks(self.config.sequence, self.config.data, tokenizer, SIX_DOMAINS)
+        self.policy = make_policy(self.config, self.tasks)
+        reference = ReferenceLogps(self.config.cache)
+        options, beta = self.config.evaluation, self.config.objective.beta
+        self._evaluator = Evaluator(self.policy, reference, tokenizer, options, beta=beta)
+
+    def score(self, adapter: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task, Evaluation]]:
+        """Scores and predictions of an adapter's folder on each task."""
+        load_adapter(self.policy.model, adapter)
+        with inference_engine(self.policy, self.config.zero) as module:
+            for task in tasks:
+                yield task, self._evaluator.evaluate(module, task)
+
+
+def rescore(folder: Path, overrides: Sequence[str]) -> ScoreBook:
+    """Score what each finished task of a run left, into ``folder/rescored/``; the run's own scores stay as they are.
+
+    Raises:
         UserError: where the folder holds no run, or no task of it is finished.
     """
-    config: Config = build(load_run(folder, overrides))
-    distributed.start()
-    tokenizer = load_tokenizer(config.model)
-    tasks = load_tasks(config.sequence, config.data, tokenizer, SIX_DOMAINS)
+    scorer = Scorer(folder, overrides)
+    config, tasks = scorer.config, scorer.tasks
     finished = sorted((folder / "tasks").glob("[0-9]*_*/adapter"))
     if not finished:
         raise UserError(f"{folder}: no task of this run is finished, so there is no adapter to score")
-    policy = make_policy(config, tasks)
-    evaluator = Evaluator(policy, ReferenceLogps(config.cache), tokenizer, config.evaluation, beta=config.objective.beta)
     book = ScoreBook([task.name for task in tasks])
     for number, adapter in enumerate(finished):
-        load_adapter(policy.model, adapter)
         predictions = []
-        with inference_engine(policy, config.zero) as module:
-            for other, task in enumerate(tasks if config.evaluation.forward else tasks[: number + 1]):
-                result = evaluator.evaluate(module, task)
-                predictions += [{"task": task.name, **row} for row in result.predictions]
-                for metric, value in result.scores.items():
-                    book.record(metric, number, other, value)
+        for other, (task, result) in enumerate(
+            scorer.score(adapter, tasks if config.evaluation.forward else tasks[: number + 1])
+        ):
+            predictions += [{"task": task.name, **row} for row in result.predictions]
+            for metric, value in result.scores.items():
+                book.record(metric, number, other, value)
         if distributed.is_main():
             write_json_lines(folder / "rescored" / f"{adapter.parent.name}.predictions.jsonl", predictions)
     if distributed.is_main():

@@ -22,6 +22,7 @@ from lifealign.evaluation.report import Sample, write_report
 from lifealign.evaluation.scores import closing_table
 from lifealign.lifelong import Lifelong
 from lifealign.memory.bank import read_ledger
+from lifealign.memory.contributions import summarise
 from lifealign.runtime import checkpoint, distributed
 from lifealign.runtime.files import read_json_lines, write_text
 from lifealign.runtime.options import Resume
@@ -39,7 +40,7 @@ def train(composed: DictConfig) -> None:
     settings = resolved(composed)
     folder = open_run_directory(composed, config, settings)
     with log_file(folder), Tracker(config.tracking, folder, settings) as tracker:
-        lifelong = Lifelong(config, folder, tracker)
+        lifelong = Lifelong(config, folder, tracker, settings)
         log_data(lifelong)
         lifelong.run()
         lifelong.timing["total"] += time.perf_counter() - started
@@ -140,27 +141,23 @@ def samples(folder: Path, per_task: int = 2) -> list[Sample]:
 
 
 def consolidation_summary(folder: Path) -> list[dict[str, Any]]:
-    """Means over factors of every entry of the long-term memory; empty where the strategy keeps none."""
+    """Every consolidated entry of the long-term memory, its factors together; empty where the strategy keeps none."""
     rows = []
     for entry in read_ledger(folder / "memory"):
-        factors = entry["factors"]
-        mean = lambda key: sum(f[key] for f in factors) / len(factors)  # noqa: B023, E731
-        rows.append(
-            {
-                "task": entry["task"],
-                "stage": entry["stage"],
-                "factors": len(factors),
-                "kept rank": mean("kept_rank"),
-                "kept energy": mean("kept_energy"),
-                "share in the span of history": mean("history_share"),
-                "refined norm / update norm": _ratio(mean("refined_norm"), mean("update_norm")),
-            }
-        )
+        if entry["consolidated"]:
+            summary = summarise(entry["factors"])
+            rows.append(
+                {
+                    "task": entry["task"],
+                    "stage": entry["stage"],
+                    "factors": len(entry["factors"]),
+                    "kept rank": summary.kept_rank,
+                    "kept energy": summary.kept_energy,
+                    "share in the span of history": summary.history_share,
+                    "refined norm / update norm": summary.norm / summary.update_norm if summary.update_norm else 0.0,
+                }
+            )
     return rows
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
 
 
 def versions() -> dict[str, str]:

@@ -13,12 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lifealign.assets import SIX_DOMAINS
 from lifealign.config import Config, build
 from lifealign.data.tasks import Task, load_tasks
+from lifealign.memory import Space
 from lifealign.models.adapter import factor_shapes
 from lifealign.models.loading import attach_lora, load_tokenizer, resolve_path
 from lifealign.models.options import BaseDtype
 from lifealign.models.scoring import pair_row
 from lifealign.runtime import distributed
 from lifealign.runtime.terminal import console
+from lifealign.strategies.lifealign import LifeAlign
 
 MIB = 2**20
 FLOAT32 = 4
@@ -59,15 +61,28 @@ def estimate(config: Config, tasks: int) -> Estimate:
     factors = sum(shape.numel() for shape in factor_shapes(model).values())
     ranks, stage = distributed.world_size(), config.zero.stage
     width = torch.finfo(torch.bfloat16).bits // 8 if config.model.dtype is BaseDtype.bfloat16 else FLOAT32
-    stages = len(getattr(config.strategy, "consolidate_stages", ()))
+    memory, disk = _history(config, tasks, factors)
     optimizer, gradient = (2 / ranks if stage >= 1 else 2), (1 / ranks if stage >= 2 else 1)
-    history = stages * tasks * factors
     return Estimate(
         base=int(base * width / (ranks if stage == 3 else 1)),
         adapter=int(factors * FLOAT32 * (1 + gradient + optimizer)),
-        memory=history * 2 * FLOAT32,  # the basis is held in float64
-        disk=(history + (tasks + 1 + config.checkpoint.keep) * factors) * FLOAT32,
+        memory=memory,
+        disk=disk + (tasks + 1 + config.checkpoint.keep) * factors * FLOAT32,
     )
+
+
+def _history(config: Config, tasks: int, factors: int) -> tuple[int, int]:
+    """Bytes of the directions that consolidation keeps at hand, and of the ledger's updates on disk."""
+    strategy = config.strategy
+    if not isinstance(strategy, LifeAlign):
+        return 0, 0
+    trained = [stage for stage in ("sft", "preference") if getattr(config, stage).epochs]
+    directions = tasks * len({*trained} & {*strategy.consolidate_stages})
+    if strategy.memory_rank is not None:
+        directions = min(directions, strategy.memory_rank)
+    parts = 2 if strategy.space is Space.product else 1  # the difference of two products has twice their rank
+    width = getattr(torch, strategy.memory_dtype.value).itemsize
+    return directions * parts * factors * width, tasks * len(trained) * parts * factors * width
 
 
 def _task_table(tasks: list[Task]) -> Table:

@@ -18,7 +18,7 @@ from lifealign.registry import component
 
 LAYERS: list[tuple[str, ...]] = [
     ("launch",),
-    ("command", "run", "rescore", "validate", "export", "compare", "cache_command"),
+    ("command", "run", "rescore", "validate", "export", "compare", "cache_command", "memory_command"),
     ("lifelong",),
     ("config",),
     ("trainer",),
@@ -30,7 +30,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("models",),  # above data: a model is called with the batches that data lays out
     ("data",),
     ("runtime",),
-    ("registry", "errors", "environment", "assets", "conf"),
+    ("registry", "arguments", "errors", "environment", "assets", "conf"),
     ("kernels",),
 ]
 """Top to bottom. A module may import from its own layer and from those below it."""

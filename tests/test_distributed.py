@@ -12,11 +12,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from oracles import relative
 from safetensors.torch import load_file, save_file
 from support import command, compose_config, train_here
 
@@ -25,9 +27,10 @@ from lifealign.assets import SIX_DOMAINS
 from lifealign.command import without_local_rank
 from lifealign.config import Config, build
 from lifealign.data.tasks import Task, load_tasks
-from lifealign.errors import TrainingDiverged
+from lifealign.errors import TrainingDiverged, UserError
 from lifealign.lifelong import make_policy
-from lifealign.memory import Consolidator
+from lifealign.memory import ConsolidationOptions, MemoryBank, Space, make_consolidator
+from lifealign.memory.bank import read_ledger, read_update
 from lifealign.models.adapter import factor_shapes, named_factors, read_factors, write_factors
 from lifealign.models.loading import attach_lora, load_base, load_tokenizer, pad_token_id
 from lifealign.models.scoring import ReferenceLogps
@@ -38,6 +41,7 @@ from lifealign.runtime.options import TrackingMode, TrackingOptions
 from lifealign.runtime.tracking import Tracker
 from lifealign.stages import PreferenceStage, SupervisedStage
 from lifealign.strategies import Context, Run, Strategy, seeded_generator
+from lifealign.strategies.lifealign import LifeAlign
 from lifealign.trainer import Trainer, make_optimizer, make_schedule
 
 COMMON = (
@@ -117,19 +121,67 @@ def one_step(stage_name: str, folder: Path, *overrides: str) -> Tensors:
     return gradients
 
 
-def consolidated() -> tuple[Tensors, list[dict[str, Any]]]:
-    """Refined updates of the factors that this rank owns, and all records, after two rounds."""
-    sizes = [(8, 64), (8, 64), (64, 8), (8, 32), (32, 8)]
-    shapes = {f"factor {i}": torch.Size(size) for i, size in enumerate(sizes)}
-    consolidator = Consolidator(shapes, energy=0.9, scale=0.5)
+SPACES = {
+    "factors": (Space.factors, ConsolidationOptions()),
+    "memory of one": (Space.factors, ConsolidationOptions(memory_rank=1)),
+    "product": (Space.product, ConsolidationOptions()),
+}
+
+
+def consolidated(name: str, folder: Path) -> tuple[Tensors, list[dict[str, Any]]]:
+    """New values and updates that this rank owns, and all records, after three rounds that a bank remembers."""
+    shapes = {
+        f"layer {i}.lora_{side}.weight": torch.Size(size)
+        for i, (rows, columns) in enumerate([(64, 64), (64, 64), (32, 64), (9, 33)])
+        for side, size in (("A", (8, columns)), ("B", (rows, 8)))
+    }
+    consolidator, bank = make_consolidator(SPACES[name][0], shapes, SPACES[name][1]), MemoryBank(folder)
+    at = {key: torch.zeros(shape) for key, shape in shapes.items() if key in consolidator.owned}
     kept: Tensors = {}
     records: list[dict[str, Any]] = []
-    for turn in range(2):
-        draw = {name: torch.randn(shape, generator=seeded_generator(name, turn)) for name, shape in shapes.items()}
-        refined, more = consolidator.consolidate({name: draw[name] for name in consolidator.owned})
-        kept |= {f"{name} turn {turn}": value for name, value in refined.items()}
+    for turn in range(3):
+        after = {key: at[key] + torch.randn(shapes[key], generator=seeded_generator(key, turn)) for key in at}
+        at, update, more = consolidator.consolidate(at, after)
+        bank.append({"task": "none", "stage": str(turn), "consolidated": True}, update, more, {})
+        kept |= {f"{name}: {key} turn {turn}": value for key, value in at.items()}
         records += more
     return kept, records
+
+
+def damaged(folder: Path) -> dict[str, str]:
+    """What each kind of damage to a memory of two ranks says here; the tensor that is damaged is of the second rank."""
+    model = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(8, 4, bias=False), "lora_B": torch.nn.Linear(3, 9, bias=False)})
+    strategy = LifeAlign()
+    run = Run(SimpleNamespace(model=model), folder, 0)
+    strategy.setup(run)
+    context = Context(run, SimpleNamespace(name="none", data_hash=""), 0, "sft")
+    strategy.begin_stage(context)
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter += torch.randn(parameter.shape, generator=seeded_generator(i))
+    strategy.end_stage(context)
+    state = strategy.state_dict()
+    shard = folder / "memory" / strategy.bank.entries[0]["name"] / "shard-1.safetensors"
+    content = shard.read_bytes()
+    said = {}
+    for kind, spoilt in (
+        ("a number", content[:-1] + bytes([content[-1] ^ 1])),
+        ("the end", content[:-4]),
+        ("nothing", content),
+    ):
+        distributed.barrier()
+        if distributed.is_main():
+            shard.write_bytes(spoilt)
+        distributed.barrier()
+        again = LifeAlign()
+        again.setup(run)
+        try:
+            again.load_state_dict(state)
+            said[kind] = ""
+        except UserError as error:
+            said[kind] = str(error)
+        distributed.barrier()
+    return said
 
 
 GRADIENTS: dict[str, tuple[str, ...]] = {
@@ -160,9 +212,11 @@ def work(folder: Path) -> None:
             gradients = one_step(stage, folder / "steps", *batches(*overrides))
             save_file(gradients, folder / f"{stage}-{name}-{distributed.rank()}.safetensors")
     found["loaded"] = load_partitioned()
-    refined, records = consolidated()
-    save_file(refined, folder / f"consolidated-{distributed.rank()}.safetensors")
-    found["records"] = records
+    found["records"] = {}
+    for name in SPACES:
+        values, found["records"][name] = consolidated(name, folder / name)
+        save_file(values, folder / f"consolidated-{name}-{distributed.rank()}.safetensors")
+    found["damaged"] = damaged(folder / "damaged")
     found["diverged"] = diverge(folder / "diverged")
     (folder / f"rank-{distributed.rank()}.json").write_text(json.dumps(found))
 
@@ -312,19 +366,48 @@ def test_zero_3_holds_no_weight_whole_after_the_policy_was_tried(two: Path) -> N
         assert set(made.values()) == {0}
 
 
-def test_consolidation_does_not_depend_on_the_number_of_ranks(two: Path) -> None:
-    expected, records = consolidated()
-    shares = [load_file(two / f"consolidated-{rank}.safetensors") for rank in range(2)]
+@pytest.mark.parametrize("name", SPACES)
+def test_consolidation_does_not_depend_on_the_number_of_ranks(name: str, two: Path, tmp_path: Path) -> None:
+    expected, records = consolidated(name, tmp_path)
+    shares = [load_file(two / f"consolidated-{name}-{rank}.safetensors") for rank in range(2)]
     assert all(shares)
     assert not shares[0].keys() & shares[1].keys()
     found = shares[0] | shares[1]
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-7)
+    assert found.keys() == expected.keys()
+    for key in expected:
+        assert relative(found[key], expected[key]) < 1e-6
     for rank in range(2):
-        listed = json.loads((two / f"rank-{rank}.json").read_text())["records"]
-        assert [row.pop("factor") for row in listed] == [row["factor"] for row in records]
+        listed = json.loads((two / f"rank-{rank}.json").read_text())["records"][name]
+        assert [row["factor"] for row in listed] == [row["factor"] for row in records]
         for left, right in zip(listed, records, strict=True):
-            assert left == pytest.approx({k: v for k, v in right.items() if k != "factor"}, rel=1e-9)
+            assert left.keys() == right.keys()
+            for key in left.keys() - {"factor"}:
+                assert left[key] == pytest.approx(right[key], rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_a_memory_of_two_ranks_is_read_by_one(name: str, two: Path, tmp_path: Path) -> None:
+    """Every tensor of every entry, whichever rank wrote it, is that of one process."""
+    consolidated(name, tmp_path)
+    found, expected = (read_ledger(folder) for folder in (two / name, tmp_path))
+    assert len(found) == len(expected) == 3
+    for left, right in zip(found, expected, strict=True):
+        written, alone = read_update(two / name, left), read_update(tmp_path, right)
+        assert len(list((two / name / left["name"]).glob("shard-*"))) == 2
+        assert written.keys() == alone.keys()
+        for layer in {key.rsplit(".", 1)[0] for key in written} if name == "product" else ():
+            sides = [share[f"{layer}.left"].double() @ share[f"{layer}.right"].double() for share in (written, alone)]
+            assert relative(*sides) < 1e-5
+        if name != "product":
+            assert all(relative(written[key], alone[key]) < 1e-6 for key in written)
+
+
+@pytest.mark.parametrize("kind", ["a number", "the end"])
+def test_a_damaged_memory_is_told_on_every_rank(kind: str, two: Path) -> None:
+    """The damage is to what the second rank owns; the first, which alone prints, must know of it and not go on."""
+    told = [json.loads((two / f"rank-{rank}.json").read_text())["damaged"] for rank in range(2)]
+    assert [rank["nothing"] for rank in told] == ["", ""]
+    assert told[0][kind] == told[1][kind] != ""
 
 
 def test_a_loss_that_is_no_number_on_one_rank_stops_every_rank(two: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lifealign.evaluation.report import Sample, _array, _colours, draw_forgetting, draw_heatmap, write_report
+from lifealign.evaluation.figures import _array, _colours, draw_forgetting, draw_heatmap
+from lifealign.evaluation.report import Sample, write_report
 from lifealign.evaluation.scores import ScoreBook, metric_info
 
 HOSTILE = "</pre></style><script>alert(1)</script><img src=x onerror=alert(2)> & \"'{{ 7 * 7 }} \ud800"
@@ -117,7 +118,7 @@ def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.
     def no_disk(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("lifealign.evaluation.report.os.replace", no_disk)
+    monkeypatch.setattr("lifealign.runtime.files.os.replace", no_disk)
     with pytest.raises(OSError, match="no space"):
         write(tmp_path, small_book(), config_yaml="seed: 2\n")
     assert (tmp_path / "index.html").read_text(encoding="utf-8") == page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ from torch import nn
 from lifealign.models.policy import gathered
 from lifealign.runtime import distributed
 from lifealign.runtime.files import replace_folder
+
+ADAPTER = "default"  # PEFT's name for an adapter that is given none
+WEIGHTS = "adapter_model.safetensors"  # the file of PEFT's layout with the factors
 
 
 def named_factors(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
@@ -49,13 +53,20 @@ def write_factors(model: PeftModel, values: Mapping[str, torch.Tensor], owners: 
         values: new values of the factors that this rank owns.
         owners: rank of every factor to be set.
     """
+    by_owner: dict[int, list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, parameter in named_factors(model):
-        if name not in owners:
-            continue
-        with gathered([parameter], modifier_rank=owners[name]), torch.no_grad():
-            if owners[name] == distributed.rank():
-                parameter.copy_(values[name])
-            distributed.broadcast(parameter.data, owners[name])
+        if name in owners:
+            by_owner[owners[name]].append((name, parameter))
+    for owner, factors in sorted(by_owner.items()):
+        partitioned = any(hasattr(p, "ds_id") for _, p in factors)
+        # Under ZeRO-3 a factor at a time, so that never more than one stands whole; else all of an owner's together.
+        for share in [[factor] for factor in factors] if partitioned else [factors]:
+            parameters = [p for _, p in share]
+            with gathered(parameters, modifier_rank=owner), torch.no_grad():
+                if owner == distributed.rank():
+                    for name, parameter in share:
+                        parameter.copy_(values[name])
+                distributed.broadcast_all([p.data for p in parameters], owner)
 
 
 @contextmanager
@@ -94,11 +105,15 @@ def _can_merge(layer: lora.Linear) -> bool:
     return base.weight.dtype == torch.float32
 
 
+def saved_name(name: str) -> str:
+    """What a factor is called in PEFT's files, which leave out the name of the adapter."""
+    return name.replace(f".{ADAPTER}.", ".")
+
+
 def load_adapter(model: PeftModel, folder: Path) -> None:
     """Set the adapter to one that :func:`save_adapter` wrote. Call on every rank."""
-    saved = load_file(folder / "adapter_model.safetensors")
-    inserted = f".{model.active_adapter}."  # PEFT's files leave the adapter's name out of the factors' names
-    values = {name: saved[name.replace(inserted, ".")] for name, _ in named_factors(model)}
+    saved = load_file(folder / WEIGHTS)
+    values = {name: saved[saved_name(name)] for name, _ in named_factors(model)}
     write_factors(model, values, dict.fromkeys(values, 0))
 
 
@@ -113,7 +128,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     beside = folder.with_name(folder.name + ".partial")
     beside.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model, state_dict=dict(whole), save_embedding_layers=False)
-    save_file({k: v.contiguous() for k, v in state.items()}, beside / "adapter_model.safetensors", {"format": "pt"})
+    save_file({k: v.contiguous() for k, v in state.items()}, beside / WEIGHTS, {"format": "pt"})
     config = copy.deepcopy(model.peft_config[model.active_adapter])
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)  # a set: its order would differ from run to run

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(minutes=30)
+
+BUCKET_ELEMENTS = 1 << 20  # of one message, 4 MiB in float32, unless a tensor is larger
 
 
 def rank() -> int:
@@ -92,10 +96,43 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def broadcast(tensor: torch.Tensor, source: int) -> None:
-    """Set a tensor, in place, to what rank ``source`` holds."""
-    if world_size() > 1:
-        dist.broadcast(tensor, source)
+def broadcast_all(tensors: Sequence[torch.Tensor], source: int) -> None:
+    """Set tensors of one dtype and device, in place, to what rank ``source`` holds; small ones share a message."""
+    if world_size() == 1:
+        return
+    for bucket in _buckets(tensors, BUCKET_ELEMENTS):
+        if len(bucket) == 1:
+            dist.broadcast(bucket[0], source)
+            continue
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        dist.broadcast(flat, source)
+        for tensor, value in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(value.view_as(tensor))
+
+
+def _buckets(tensors: Sequence[torch.Tensor], most: int) -> Iterator[list[torch.Tensor]]:
+    """Runs of tensors with ``most`` elements together, or one with more."""
+    bucket: list[torch.Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > most:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def failing_together(*kinds: type[Exception]) -> Iterator[None]:
+    """Inside, an error of these kinds on any rank is raised on all of them, at the end: none may wait for one that stopped."""
+    own: Exception | None = None
+    try:
+        yield
+    except kinds as error:
+        own = error
+    for error in gather_objects(own):
+        if error is not None:
+            raise error
 
 
 def gather_objects(value: Any) -> list[Any]:

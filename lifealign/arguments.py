@@ -1,0 +1,27 @@
+"""Command lines without Hydra: mistakes told in one line. Imports nothing heavy, so that answers come at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from lifealign.errors import UserError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """The library's, with its mistakes raised."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help says what there is")
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Do it; a user's mistake is told in one line on standard error, and the exit code is 2."""
+    try:
+        work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,275 @@
+"""``launch/memory.py``: the ledger of a finished run listed, shown, exported, and an adapter with less of a task."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import Ended, end_here, train_here
+
+from lifealign.memory.bank import read_ledger, read_update
+from lifealign.memory.contributions import cosines, summarise
+from lifealign.memory.edit import edit
+from lifealign.memory_command import main
+from lifealign.models.adapter import WEIGHTS, saved_name
+from lifealign.rescore import Scorer
+
+THREE = ("sequence.tasks=[instruct,hc3,safe_rlhf]", "evaluation.metrics=[preference_accuracy,chosen_nll]")
+SPACES = {"factors": (), "product": ("strategy.space=product",), "bf16": ("strategy.memory_dtype=bfloat16",)}
+
+
+@pytest.fixture(scope="module", params=SPACES)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run through three tasks, in each space and dtype."""
+    return train_here(tmp_path_factory.mktemp(request.param) / "run", *THREE, *SPACES[request.param])
+
+
+def memory(*arguments: str | Path) -> Ended:
+    return end_here(lambda: sys.exit(main(sys.argv[1:])), *map(str, arguments))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def products(folder: Path) -> dict[str, torch.Tensor]:
+    """B A of each layer of an adapter, float64."""
+    held = {name: tensor.double() for name, tensor in load_file(folder / WEIGHTS).items()}
+    layers = [name.removesuffix(".lora_A.weight") for name in held if name.endswith(".lora_A.weight")]
+    return {layer: held[f"{layer}.lora_B.weight"] @ held[f"{layer}.lora_A.weight"] for layer in layers}
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Of the products of two adapters, relative to the largest entry of any."""
+    a, b = products(one), products(other)
+    return max((a[layer] - b[layer]).abs().max().item() for layer in a) / max(p.abs().max().item() for p in b.values())
+
+
+def test_reverting_the_last_task_gives_the_adapter_before_it(run: Path, tmp_path: Path) -> None:
+    before = digests(run)
+    assert memory(run, "revert", "safe_rlhf", "--to", tmp_path / "without").code == 0
+    tolerance = 1e-5 if "product" not in str(run) else 1e-4
+    if "bf16" in str(run):  # updates are rounded before they join, so that the ledger adds up all the same
+        assert {read_update(run / "memory", e)[n].dtype for e in read_ledger(run / "memory") for n in e["tensors"]} == {
+            torch.bfloat16
+        }
+    assert largest_difference(tmp_path / "without", run / "tasks" / "02_hc3" / "adapter") < tolerance
+    assert largest_difference(tmp_path / "without", run / "adapter") > 100 * tolerance
+    assert digests(run) == before
+
+
+def test_scaling_changes_nothing_but_the_tasks_own_part(run: Path, tmp_path: Path) -> None:
+    """In the space of factors, to the last entry: W + (s - 1) times the updates of the tasks that are scaled."""
+    assert memory(run, "scale", "hc3=0.5", "instruct=2", "--to", tmp_path / "scaled").code == 0
+    said = json.loads((tmp_path / "scaled" / "edit.json").read_text())
+    assert said["scaled"] == {"hc3": 0.5, "instruct": 2.0}
+    assert [entry["factor"] for entry in said["entries"]] == [2.0, 2.0, 0.5, 0.5, 1.0, 1.0]
+    if "product" in str(run):
+        return
+    whole, scaled = load_file(run / "adapter" / WEIGHTS), load_file(tmp_path / "scaled" / WEIGHTS)
+    expected = {name: tensor.double() for name, tensor in whole.items()}
+    for entry in read_ledger(run / "memory"):
+        for name, update in read_update(run / "memory", entry).items():
+            expected[saved_name(name)] += {"hc3": -0.5, "instruct": 1.0}.get(entry["task"], 0.0) * update.double()
+    for name, tensor in scaled.items():
+        assert tensor.dtype == whole[name].dtype
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-6, atol=1e-9)
+
+
+def test_products_are_scaled_too(run: Path) -> None:
+    """Of a product without truncation: at factor 1 + ε the change is ε times what the ledger says, whatever the space."""
+    if "product" not in str(run):
+        pytest.skip("a matter of the space of products")
+    edited = edit(run, {"hc3": 0.0})
+    whole, held = products(run / "adapter"), edited.factors
+    for layer, product in whole.items():
+        updates = [read_update(run / "memory", e) for e in read_ledger(run / "memory") if e["task"] == "hc3"]
+        wanted = product - sum(u[f"{layer}.left"].double() @ u[f"{layer}.right"].double() for u in updates)
+        u, s, vt = torch.linalg.svd(wanted)
+        rank = held[f"{layer}.lora_A.weight"].shape[0]
+        best = (u[:, :rank] * s[:rank]) @ vt[:rank]
+        got = held[f"{layer}.lora_B.weight"].double() @ held[f"{layer}.lora_A.weight"].double()
+        assert (got - best).norm() < 1e-5 * best.norm()
+    assert 0 < edited.truncation_error < 1
+
+
+def test_an_edit_by_one_changes_nothing(run: Path) -> None:
+    assert {name: t.tolist() for name, t in edit(run, {"hc3": 1.0}).factors.items()} == {
+        name: t.tolist() for name, t in load_file(run / "adapter" / WEIGHTS).items()
+    }
+
+
+def test_list_has_a_line_a_stage(run: Path) -> None:
+    ended = memory(run, "list")
+    assert ended.code == 0
+    lines = ended.out.splitlines()
+    entries = read_ledger(run / "memory")
+    assert len(lines) == 1 + len(entries) == 7
+    for line, entry in zip(lines[1:], entries, strict=True):
+        assert line.split()[:2] == [entry["task"], entry["stage"]]
+        assert line.split()[-1] == entry["hashes"]["update"][:12]
+
+
+def test_show_has_layers_and_pictures(run: Path, tmp_path: Path) -> None:
+    ended = memory(run, "show", "hc3", "--to", tmp_path)
+    assert ended.code == 0
+    assert "model.layers.0.self_attn.q_proj" in ended.out
+    assert "hc3 +1.000" in ended.out
+    for name in ("memory_conflict.png", "memory_spectrum_hc3.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_cosines_are_those_of_whole_updates(run: Path) -> None:
+    """Against the flattened sums of what each task added, formed as dense matrices."""
+    entries, tasks = read_ledger(run / "memory"), ["instruct", "hc3", "safe_rlhf"]
+    vectors = {task: 0.0 for task in tasks}
+    for entry in entries:
+        update = {name: tensor.double() for name, tensor in read_update(run / "memory", entry).items()}
+        if entry["space"] == "product":
+            layers = sorted({name.rpartition(".")[0] for name in update})
+            parts = [(update[f"{layer}.left"] @ update[f"{layer}.right"]).flatten() for layer in layers]
+        else:
+            parts = [update[name].flatten() for name in sorted(update)]
+        vectors[entry["task"]] = vectors[entry["task"]] + torch.cat(parts)
+    stacked = torch.nn.functional.normalize(torch.stack([torch.as_tensor(vectors[task]) for task in tasks]))
+    torch.testing.assert_close(cosines(run / "memory", entries), stacked @ stacked.T, rtol=0, atol=1e-6)
+
+
+def test_export_has_a_row_a_factor(run: Path, tmp_path: Path) -> None:
+    assert memory(run, "export", "--to", tmp_path / "ledger.csv").code == 0
+    rows = list(csv.DictReader((tmp_path / "ledger.csv").open(encoding="utf-8")))
+    entries = read_ledger(run / "memory")
+    assert len(rows) == sum(len(entry["factors"]) for entry in entries)
+    first = entries[0]["factors"][0]
+    assert float(rows[0]["refined_norm"]) == first["refined_norm"]
+    assert rows[0]["update_sha256"] == entries[0]["hashes"]["update"]
+    assert memory(run, "export").out.count("\n") == len(rows) + 1
+
+
+def test_every_entry_says_what_made_it(run: Path) -> None:
+    entries = read_ledger(run / "memory")
+    configuration = {entry["hashes"]["configuration"] for entry in entries}
+    assert len(configuration) == 1
+    assert len({entry["hashes"]["data"] for entry in entries}) == 3
+    assert len({entry["hashes"]["update"] for entry in entries}) == 6
+    assert all(len(value) == 64 for entry in entries for value in entry["hashes"].values())
+
+
+def test_scores_of_an_edit_are_those_of_the_adapter_it_made(run: Path, tmp_path: Path) -> None:
+    """Without the last task: what the run scored before it, on the tasks of then."""
+    ended = memory(run, "revert", "safe_rlhf", "--to", tmp_path / "without", "--score")
+    assert ended.code == 0
+    scored = json.loads((tmp_path / "without" / "scores.json").read_text())["scores"]
+    before = json.loads((run / "tasks" / "02_hc3" / "scores.json").read_text())["scores"]
+    for task in ("instruct", "hc3"):
+        assert scored[task]["chosen_nll"] == pytest.approx(before[task]["chosen_nll"], abs=1e-4)
+    assert list(scored) == ["instruct", "hc3", "safe_rlhf"]
+    assert ended.out.count("→") == 3 * 2
+
+
+def test_summary_by_hand() -> None:
+    """Energies 9 and 16: 0.9 and 0.5 of them kept, 8.1 + 8 of 25; of that a tenth and a half in the span: 4.81 of 16.1."""
+    records = [
+        {"update_norm": 3.0, "refined_norm": 3.0, "kept_rank": 1, "kept_energy": 0.9, "history_share": 0.1},
+        {"update_norm": 4.0, "refined_norm": 4.0, "kept_rank": 4, "kept_energy": 0.5, "history_share": 0.5},
+    ]
+    summary = summarise(records)
+    assert (summary.norm, summary.update_norm, summary.kept_rank) == pytest.approx((5.0, 5.0, 2.5))
+    assert summary.kept_energy == pytest.approx(16.1 / 25)
+    assert summary.history_share == pytest.approx(4.81 / 16.1)
+    raw = summarise([{"update_norm": 3.0, "refined_norm": 3.0}])
+    assert (raw.norm, raw.kept_rank, raw.history_share) == (3.0, None, None)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose first stage is not consolidated."""
+    return train_here(
+        tmp_path_factory.mktemp("plain") / "run",
+        "strategy.consolidate_stages=[preference]",
+        "evaluation.metrics=[chosen_nll]",
+    )
+
+
+def test_a_stage_that_is_not_consolidated_is_in_the_sum(plain: Path, tmp_path: Path) -> None:
+    assert [entry["consolidated"] for entry in read_ledger(plain / "memory")] == [False, True, False, True]
+    assert memory(plain, "revert", "hc3", "--to", tmp_path / "without").code == 0
+    assert largest_difference(tmp_path / "without", plain / "tasks" / "01_instruct" / "adapter") < 1e-5
+    assert "–" in memory(plain, "list").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("show", "hc4"), "show hc4: the ledger names no such task; did you mean 'hc3'?"),
+        (("revert", "nothing", "--to", "x"), "nothing: no finished task of this name"),
+        (("scale", "hc3=much", "--to", "x"), "scale hc3=much: give a task and a number, such as hc3=0.5"),
+        (("scale", "hc3", "--to", "x"), "scale hc3: give a task and a number, such as hc3=0.5"),
+        (("scale", "hc3=nan", "--to", "x"), "hc3=nan: give a number, such as 0.5"),
+        (("revert", "hc3"), "--to"),
+        (("forget", "hc3"), "invalid choice"),
+        ((), "ACTION"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    plain: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = memory(plain, *arguments)
+    assert ended.code == 2
+    assert len(ended.err.splitlines()) == 1
+    assert said in ended.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_run_or_has_no_memory(tmp_path: Path, plain: Path) -> None:
+    assert "holds no run" in memory(tmp_path / "nowhere", "list").err
+    copy = tmp_path / "copy"
+    shutil.copytree(plain, copy)
+    shutil.rmtree(copy / "memory")
+    assert "there is no long-term memory" in memory(copy, "list").err
+
+
+def test_an_edit_of_a_task_that_is_not_finished(tmp_path: Path, plain: Path) -> None:
+    """Interrupted in its second task, a run has entries that its adapter does not hold."""
+    copy = tmp_path / "copy"
+    shutil.copytree(plain, copy)
+    shutil.rmtree(copy / "tasks" / "02_hc3")
+    assert "hc3: no finished task" in memory(copy, "revert", "hc3", "--to", tmp_path / "x").err
+    assert memory(copy, "revert", "instruct", "--to", tmp_path / "x").code == 0
+
+
+def test_damaged_memory_is_never_used(tmp_path: Path, plain: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(plain, copy)
+    shard = next((copy / "memory" / "003_hc3_preference").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    ended = memory(copy, "revert", "hc3", "--to", tmp_path / "x")
+    assert ended.code == 2
+    assert "is not what was written" in ended.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path: Path, plain: Path) -> None:
+    (tmp_path / "x").mkdir()
+    assert "exists already" in memory(plain, "revert", "hc3", "--to", tmp_path / "x").err
+
+
+def test_an_edited_adapter_opens_like_any_other(tmp_path: Path, plain: Path) -> None:
+    memory(plain, "scale", "hc3=0.5", "--to", tmp_path / "x")
+    scorer = Scorer(plain)
+    (_, evaluation), *_ = scorer.score(tmp_path / "x", scorer.tasks[:1])
+    assert evaluation.scores["chosen_nll"] > 0
