@@ -7,5 +7,6 @@ transformers probes for, and must then load without harm.
 """
 
 from .logratio import sequence_logps
+from .products import product
 
-__all__ = ["sequence_logps"]
+__all__ = ["product", "sequence_logps"]

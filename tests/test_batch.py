@@ -14,24 +14,24 @@ from lifealign.models import attention
 from lifealign.models.policy import Policy
 
 LAYOUTS = (RowLayout.packed, RowLayout.shared, RowLayout.concatenated)
-ROWS = [Row([10, 11, 12], [[20, 21], [30]]), Row([13], [[40], [50, 51, 52]])]
+ROWS = [Row([10, 11, 12], [[20, 21, 22], [30, 31]]), Row([13], [[40, 41], [50, 51, 52, 53]])]
 
 
 def test_shared_prefix_by_hand() -> None:
-    """Lines ``10 11 12 | 20 21 | 30`` and ``13 | 40 | 50 51 52``, padded to 6.
+    """Lines ``10 11 12 | 20 21 | 30`` and ``13 | 40 | 50 51 52``, padded to 6; last tokens of responses are left out.
 
     Positions of a response continue the prompt's: 3, 4 and again 3; 1 and again 1, 2, 3. Its first token is predicted
-    at the last prompt token: flat 2 in the first line, flat 6 in the second. So 20 ← 2, 21 ← 3, 30 ← 2, 40 ← 6,
-    50 ← 6, 51 ← 8 (where 50 stands), 52 ← 9.
+    at the last prompt token: flat 2 in the first line, flat 6 in the second. So 20 ← 2, 21 ← 3, 22 ← 4, 30 ← 2, 31 ← 5,
+    40 ← 6, 41 ← 7, 50 ← 6, 51 ← 8 (where 50 stands), 52 ← 9, 53 ← 10.
     """
     batch = collate(ROWS, layout=RowLayout.shared, pad_token_id=0)
     assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 30], [13, 40, 50, 51, 52, 0]]
     assert batch.segments.tolist() == [[0, 0, 0, 1, 1, 2], [0, 1, 2, 2, 2, -1]]
     assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 4, 3]
     assert batch.position_ids[1, :5].tolist() == [0, 1, 1, 2, 3]
-    assert batch.predictors.tolist() == [2, 3, 2, 6, 6, 8, 9]
-    assert batch.targets.tolist() == [20, 21, 30, 40, 50, 51, 52]
-    assert batch.sequence_ids.tolist() == [0, 0, 1, 2, 3, 3, 3]
+    assert batch.predictors.tolist() == [2, 3, 4, 2, 5, 6, 7, 6, 8, 9, 10]
+    assert batch.targets.tolist() == [20, 21, 22, 30, 31, 40, 41, 50, 51, 52, 53]
+    assert batch.sequence_ids.tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3, 3, 3]
     assert (batch.num_sequences, batch.spans, batch.tokens) == (4, ((3, 2, 1), (1, 1, 3)), 11)
     assert {t.dtype for t in (batch.input_ids, batch.position_ids, batch.predictors, batch.targets)} == {torch.int64}
 
@@ -73,9 +73,9 @@ def test_concatenated_by_hand() -> None:
     assert batch.segments.tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 1, -1], [0, 1, -1, -1, -1], [0, 1, 1, 1, -1]]
     for line, known in enumerate((5, 4, 2, 4)):
         assert batch.position_ids[line, :known].tolist() == list(range(known))
-    assert batch.predictors.tolist() == [2, 3, 7, 10, 15, 16, 17]
-    assert batch.targets.tolist() == [20, 21, 30, 40, 50, 51, 52]
-    assert batch.sequence_ids.tolist() == [0, 0, 1, 2, 3, 3, 3]
+    assert batch.predictors.tolist() == [2, 3, 4, 7, 8, 10, 11, 15, 16, 17, 18]
+    assert batch.targets.tolist() == [20, 21, 22, 30, 31, 40, 41, 50, 51, 52, 53]
+    assert batch.sequence_ids.tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3, 3, 3]
     assert (batch.num_sequences, batch.spans, batch.tokens) == (4, ((3, 2), (3, 1), (1, 1), (1, 3)), 15)
     assert not batch.needs_mask
 
@@ -85,11 +85,20 @@ def test_packed_by_hand() -> None:
     batch = collate(ROWS, layout=RowLayout.packed, pad_token_id=9)
     assert batch.input_ids.tolist() == [[10, 11, 12, 20, 21, 30, 13, 40, 50, 51, 52]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 1, 2, 3]]
-    assert batch.predictors.tolist() == [2, 3, 2, 6, 6, 8, 9]
-    assert batch.targets.tolist() == [20, 21, 30, 40, 50, 51, 52]
-    assert batch.sequence_ids.tolist() == [0, 0, 1, 2, 3, 3, 3]
+    assert batch.predictors.tolist() == [2, 3, 4, 2, 5, 6, 7, 6, 8, 9, 10]
+    assert batch.targets.tolist() == [20, 21, 22, 30, 31, 40, 41, 50, 51, 52, 53]
+    assert batch.sequence_ids.tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3, 3, 3]
     assert (batch.num_sequences, batch.spans, batch.tokens) == (4, ((3, 2, 1), (1, 1, 3)), 11)
     assert batch.needs_mask
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_response_of_one_token_takes_no_position(layout: RowLayout) -> None:
+    """Two responses of one token are predicted at the last prompt token, and nothing else is computed."""
+    batch = collate([Row([1, 2], [[3], [4]])], layout=layout, pad_token_id=0)
+    assert batch.input_ids.unique(dim=0).tolist() == [[1, 2]]
+    assert batch.targets.tolist() == [3, 4]
+    assert batch.input_ids.flatten()[batch.predictors].tolist() == [2, 2]
 
 
 def test_one_response_a_row_needs_no_mask() -> None:

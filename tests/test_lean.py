@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from importlib import import_module
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lifealign.data.batch import Batch, Row, RowLayout, collate
 from lifealign.errors import UserError
+from lifealign.kernels import products
 from lifealign.models import lean
-from lifealign.models.lean import _LoraLinear, _RMSNorm, replace_small_operations
+from lifealign.models.lean import _LoraLinear, _RMSNorm, _Rotary, replace_small_operations
 from lifealign.models.loading import attach_lora, enable_gradient_checkpointing
 from lifealign.models.options import LoraOptions
 from lifealign.models.policy import Policy, choose_layout
@@ -93,41 +96,54 @@ class TestReplacedOperations:
     @pytest.mark.parametrize("kind", ["qwen2", "llama"])
     def test_a_float32_model_gives_the_same(self, kind: str) -> None:
         model = adapted(kind)
-        replaced = copy.deepcopy(model)
-        replace_small_operations(replaced)
-        for got, expected in zip(self.outcome(replaced), self.outcome(model), strict=True):
-            assert error(got, expected) < 2e-6
+        expected = self.outcome(model)
+        replace_small_operations(model.get_base_model())
+        for got, wanted in zip(self.outcome(model), expected, strict=True):
+            assert error(got, wanted) < 2e-6
 
     @pytest.mark.parametrize("kind", ["qwen2", "llama"])
     def test_a_bfloat16_base_is_no_further_from_float32_than_it_was(self, kind: str) -> None:
         """Held against the same weights in float32; two ways of rounding differ by chance, hence a factor of 2."""
         model = adapted(kind, torch.bfloat16)
-        replaced, exact = copy.deepcopy(model), copy.deepcopy(model).float()
-        replace_small_operations(replaced)
-        for got, before, expected in zip(*map(self.outcome, (replaced, model, exact)), strict=True):
+        plain, exact = self.outcome(model), self.outcome(copy.deepcopy(model).float())
+        replace_small_operations(model.get_base_model())
+        for got, before, expected in zip(self.outcome(model), plain, exact, strict=True):
             assert 0 < error(before, expected) < 0.05
             assert error(got, expected) < 2 * error(before, expected)
 
-    def test_every_norm_and_every_adapted_layer_is_replaced_and_no_other(self) -> None:
+    def test_what_is_frozen_or_adapted_is_replaced_and_taken_back(self) -> None:
         model = adapted("qwen3")
+        modeling = sys.modules[type(model.get_base_model()).__module__]
+        rotate = modeling.apply_rotary_pos_emb
         before = {name: module.forward.__func__ for name, module in model.named_modules()}
-        replace_small_operations(model)
-        changed = [name for name, module in model.named_modules() if module.forward.__func__ is not before[name]]
-        norms = [name for name in before if name.endswith("norm")]
-        layers = [name for name in before if name.endswith(("q_proj", "v_proj"))]
-        assert (len(norms), len(layers)) == (9, 4)
-        assert sorted(changed) == sorted(norms + layers)
+        take_back = replace_small_operations(model.get_base_model())
+        now = {name: module.forward.__func__ for name, module in model.named_modules()}
+        changed = {
+            function.__name__: [n for n in now if now[n] is function]
+            for n, function in now.items()
+            if before[n] is not function
+        }
+        ends = {name: [n.rpartition(".")[2] for n in names] for name, names in changed.items()}
+        assert {name: (len(names), set(names)) for name, names in ends.items()} == {
+            "_norm_forward": (9, {"input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm"}),
+            "_lora_forward": (4, {"q_proj", "v_proj"}),
+            "_linear_forward": (15, {"lm_head", "base_layer", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        }
+        assert modeling.apply_rotary_pos_emb.__wrapped__ is rotate
+        take_back()
+        assert before == {name: module.forward.__func__ for name, module in model.named_modules()}
+        assert modeling.apply_rotary_pos_emb is rotate
 
     def test_gemma_norms_are_left_alone(self) -> None:
-        """They scale by 1 + weight."""
+        """They scale by 1 + weight; their networks have another activation."""
         model = adapted("gemma2")
-        replaced = copy.deepcopy(model)
-        replace_small_operations(replaced)
-        norms = [module for name, module in replaced.named_modules() if name.endswith("norm")]
+        expected = self.outcome(model)
+        replace_small_operations(model.get_base_model())
+        norms = [module for name, module in model.named_modules() if name.endswith("norm")]
         assert norms
         assert all(norm.forward.__func__ is type(norm).forward for norm in norms)
-        for got, expected in zip(self.outcome(replaced), self.outcome(model), strict=True):
-            assert error(got, expected) < 2e-6
+        for got, wanted in zip(self.outcome(model), expected, strict=True):
+            assert error(got, wanted) < 2e-6
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5), (2, 1, 3, 5)])
@@ -162,6 +178,109 @@ def test_lora_layer_has_the_right_gradients(shape: tuple[int, ...], bias: bool) 
     assert torch.autograd.gradcheck(apply, (x, a, b))
     # The first layer's input needs no gradient.
     assert torch.autograd.gradcheck(lambda a, b: apply(x.detach(), a, b), (a, b))
+
+
+@pytest.fixture(autouse=True)
+def rotary_positions() -> Iterator[None]:
+    """What is replaced there belongs to all models of an architecture."""
+    modules = [import_module(f"transformers.models.{kind}.modeling_{kind}") for kind in ARCHITECTURES]
+    own = [module.apply_rotary_pos_emb for module in modules]
+    yield
+    for module, function in zip(modules, own, strict=True):
+        module.apply_rotary_pos_emb = function
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (6, 5), (0, 5), (2, 3, 5)])
+def test_frozen_layer_has_the_right_gradient_and_may_be_changed_in_place(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    x, layer = torch.randn(shape, dtype=torch.float64), nn.Linear(5, 7, bias).double().requires_grad_(False)
+    apply = lambda x: lean._linear_forward(layer, x).mul_(2)  # noqa: E731
+    torch.testing.assert_close(apply(x), 2 * layer(x))
+    assert torch.autograd.gradcheck(apply, (x.requires_grad_(),))
+
+
+def test_rotation_has_the_right_gradient() -> None:
+    """With cosines and sines that differ between the halves too."""
+    torch.manual_seed(0)
+    x, cos, sin = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 3, 5, 8), (2, 1, 5, 8), (2, 1, 5, 8)))
+    x.requires_grad_()
+    a, b = x.chunk(2, -1)
+    torch.testing.assert_close(_Rotary.apply(x, cos, sin), x * cos + torch.cat((-b, a), -1) * sin)
+    assert torch.autograd.gradcheck(lambda x: _Rotary.apply(x, cos, sin), (x,))
+
+
+class TestRotaryPositions:
+    @staticmethod
+    def inputs(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+        shapes = (2, 4, 5, 8), (2, 2, 5, 8), (2, 5, 8), (2, 5, 8)
+        return [torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype) for shape in shapes]
+
+    @pytest.mark.parametrize("kind", ["qwen2", "llama"])
+    def test_another_form_of_call_is_left_to_the_model_s_own(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        modeling = import_module(f"transformers.models.{kind}.modeling_{kind}")
+        own, calls = modeling.apply_rotary_pos_emb, []
+        monkeypatch.setattr(_Rotary, "apply", lambda *inputs, own=_Rotary.apply: calls.append("own") or own(*inputs))
+        lean._replace_rotary(modeling)
+        assert lean._replace_rotary(modeling) == []  # a second model of the architecture
+        q, k, cos, sin = self.inputs()
+        for arguments, applied in (((), 2), ((1,), 0)):
+            calls.clear()
+            for got, expected in zip(
+                modeling.apply_rotary_pos_emb(q, k, cos, sin, *arguments), own(q, k, cos, sin), strict=True
+            ):
+                torch.testing.assert_close(got, expected)
+            assert len(calls) == applied
+        calls.clear()
+        by_token = [x.transpose(1, 2) for x in (q, k)]
+        got = modeling.apply_rotary_pos_emb(*by_token, cos, sin, unsqueeze_dim=2)
+        assert all(a.equal(b) for a, b in zip(got, own(*by_token, cos, sin, unsqueeze_dim=2), strict=True))
+        assert modeling.apply_rotary_pos_emb(q, k, cos.double(), sin.double())[0].dtype == torch.float64
+        assert calls == []
+
+    def test_another_rotation_is_left_alone(self) -> None:
+        """Neighbours instead of halves; a rotation by minus the angle; another signature."""
+        interleaved = lambda x: torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)  # noqa: E731
+        rotations = [
+            lambda q, k, cos, sin: tuple(x * cos[:, None] + interleaved(x) * sin[:, None] for x in (q, k)),
+            lambda q, k, cos, sin: tuple(_Rotary.apply(x, cos[:, None], -sin[:, None]) for x in (q, k)),
+            lambda x, cos, sin: x,
+        ]
+        assert not any(lean._rotates_halves(rotation) for rotation in rotations)
+
+
+def test_a_frozen_layer_that_is_trained_afterwards_has_a_gradient() -> None:
+    base = make_base("llama")
+    layer, x = base.model.layers[0].mlp.up_proj, torch.randn(2, 3, 32)
+    replace_small_operations(base)
+    assert layer.forward.__func__ is lean._linear_forward
+    layer.weight.requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.sum((0, 1)).expand(48, 32))
+
+
+@pytest.mark.parametrize("rows", [1, products.FEWEST_ROWS - 1, products.FEWEST_ROWS, 201])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_products(rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(shape, dtype=torch.float64).to(dtype) for shape in ((rows, 37), (21, 37), (21,)))
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    exact = x.double() @ weight.double().T
+    assert error(products.product(x, weight), exact) < tolerance
+    assert error(products.product(x.T.contiguous().T, weight.T.contiguous().T), exact) < tolerance
+    assert error(products.product(x, weight, bias), exact + bias) < tolerance
+
+
+@pytest.mark.parametrize("broken", ["_absent", "wrong"])
+def test_products_without_onednn_are_torch_s(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.zeros(len(x), len(weight)) if broken == "wrong" else torch.ops.mkldnn._absent(x)
+
+    monkeypatch.setattr(products, "_onednn", call)
+    monkeypatch.setattr(products, "_has_onednn", products._has_onednn.__wrapped__)
+    x, weight = torch.randn(100, 7), torch.randn(3, 7)
+    assert not products._has_onednn()
+    assert products.product(x, weight).equal(nn.functional.linear(x, weight))
 
 
 class TestLoraLayers:

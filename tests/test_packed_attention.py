@@ -76,7 +76,7 @@ def test_output_and_gradients_are_those_of_the_dense_softmax(name: str, key_head
     spans, mask = SPANS[name], dense_mask(SPANS[name])
     inputs = qkv(len(mask), key_heads, dtype)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    got, expected = _PackedAttention.apply(*inputs, Packing(spans).pieces, SCALE), dense(*exact, mask)
+    got, expected = _PackedAttention.apply(*inputs, Packing(spans).everywhere, SCALE), dense(*exact, mask)
     assert got.dtype == dtype
     close(got, expected, TOLERANCE[dtype])
     weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -105,34 +105,35 @@ def test_pieces_of_random_rows_cover_what_is_seen_and_no_query_twice(seed: int) 
     spans = random_spans(seed)
     mask, row_of = dense_mask(spans), torch.arange(len(spans)).repeat_interleave(torch.tensor([sum(s) for s in spans]))
     packing, everywhere = Packing(spans), torch.ones(len(mask), dtype=torch.bool)
-    for pieces, wanted in ((packing.pieces, everywhere), (packing.predicting, predicting(spans))):
-        times, seen, rows = torch.zeros(len(mask), dtype=torch.int64), torch.zeros_like(mask), set()
-        for piece in pieces:
-            assert 0 < piece.queries.stop - piece.queries.start <= attention.QUERIES
-            times[piece.queries] += 1
-            seen[piece.queries, piece.keys] = piece.mask == 0
-            assert piece.mask[piece.mask != 0].eq(-torch.inf).all()
-            (row,) = row_of[piece.queries].unique().tolist()
-            assert row_of[piece.keys].eq(row).all()
-            # The piece that sees all keys of a row is the first that the backward meets.
-            assert piece.is_last == (row not in rows)
-            assert not piece.is_last or piece.keys.stop - piece.keys.start == sum(spans[row])
-            rows.add(row)
-        assert times.tolist() == wanted.int().tolist()
+    for plan, wanted in ((packing.everywhere, everywhere), (packing.predicting, predicting(spans))):
+        assert plan.order[plan.place].equal(torch.arange(len(mask)))
+        positions = everywhere.nonzero()[:, 0] if plan.positions is None else plan.positions
+        assert positions.equal(wanted.nonzero()[:, 0])
+        numbers = [piece.queries for piece in plan.pieces]
+        assert 0 < min(numbers) <= max(numbers) <= attention.QUERIES
+        computed, seen = torch.zeros_like(mask), torch.zeros_like(mask)
+        for piece, queries in zip(plan.pieces, positions.split(numbers), strict=True):
+            keys = plan.order[piece.start : piece.start + piece.keys]
+            assert row_of[keys].eq(row_of[queries[0]]).all()
+            computed[queries[:, None], keys] = True
+            scores = torch.zeros(1, piece.queries, 1), torch.zeros(1, len(mask), 1)
+            seen[queries[:, None], keys] = attention._probabilities(*scores, piece)[0] > 0
         assert seen.equal(mask & wanted[:, None])
-        assert rows == set(range(len(spans)))
+        # Of pairs nothing is computed but what is seen, and in each piece what its own later tokens hide.
+        pair = torch.tensor([len(spans[row]) <= 3 for row in row_of])
+        assert (computed & ~seen)[pair].sum() <= sum(n * (n - 1) // 2 for n in numbers)
 
 
-@pytest.mark.parametrize("which", ["pieces", "predicting"])
+@pytest.mark.parametrize("which", ["everywhere", "predicting"])
 def test_probabilities_made_again_in_backward_give_the_same_numbers(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spans = SPANS["long prompt"] + SPANS["three responses"] + SPANS["long responses"]
     inputs = qkv(sum(map(sum, spans)), 2, torch.float32)
-    pieces, weights, results = getattr(Packing(spans), which), torch.randn_like(inputs[0]), []
-    scores = HEADS * sum(piece.mask.numel() for piece in pieces)
+    plan, weights, results = getattr(Packing(spans), which), torch.randn_like(inputs[0]), []
+    scores = HEADS * sum(piece.queries * piece.keys for piece in plan.pieces)
     for most, are_kept in ((scores, True), (scores - 1, False), (0, False)):
         monkeypatch.setattr(attention, "KEPT_SCORES", most)
-        output = _PackedAttention.apply(*inputs, pieces, SCALE)
-        assert [saved is not None for saved in output.grad_fn.saved_tensors[3:]] == [are_kept] * len(pieces)
+        output = _PackedAttention.apply(*inputs, plan, SCALE)
+        assert [saved is not None for saved in output.grad_fn.saved_tensors[3:]] == [are_kept] * len(plan.pieces)
         results.append((output, *torch.autograd.grad(output, inputs, weights)))
     for kept, *again in zip(*results, strict=True):
         assert all(kept.equal(other) for other in again)
@@ -142,7 +143,7 @@ def test_a_second_backward_through_the_same_graph_gives_the_same() -> None:
     """What is kept for it is not overwritten by the first."""
     spans = SPANS["long prompt"]
     inputs = qkv(sum(map(sum, spans)), 2)
-    output = _PackedAttention.apply(*inputs, Packing(spans).pieces, SCALE)
+    output = _PackedAttention.apply(*inputs, Packing(spans).everywhere, SCALE)
     weights = torch.randn_like(output)
     first = torch.autograd.grad(output, inputs, weights, retain_graph=True)
     assert all(a.equal(b) for a, b in zip(first, torch.autograd.grad(output, inputs, weights), strict=True))

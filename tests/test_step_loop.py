@@ -156,7 +156,7 @@ def test_the_extent_of_a_stage_is_told(layout: RowLayout, tmp_path: Path, caplog
     assert (tokens == positions) == (layout is RowLayout.packed)
 
 
-ROWS = [Row([10, 11, 12], [[20, 21], [30]]), Row([13], [[40], [50, 51, 52]])]
+ROWS = [Row([10, 11, 12], [[20, 21, 22], [30, 31]]), Row([13], [[40, 41], [50, 51, 52, 53]])]
 
 
 @pytest.mark.parametrize(

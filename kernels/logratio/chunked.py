@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ..products import product
 from .reference import accumulation_dtype, head_logits, sum_by_sequence
 
 CHUNK_ELEMENTS = 1 << 25  # logits held at once: 128 MiB in float32
@@ -50,10 +51,10 @@ class _SequenceLogps(torch.autograd.Function):
         token_logps = torch.empty(len(targets), dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
         unit = torch.empty_like(hidden) if needs_unit else None
         for piece in _chunks(len(targets), weight.shape[0]):
-            logits = head_logits(hidden[piece], weight, bias, softcap)
+            logits = head_logits(hidden[piece], weight, bias, softcap, product)
             token_logps[piece], gradient = _logps_and_gradient(logits, targets[piece], softcap)
             if needs_unit:
-                unit[piece] = (gradient.to(weight.dtype) @ weight).neg_()
+                unit[piece] = product(gradient.to(weight.dtype), weight.T).neg_()
         ctx.softcap = softcap
         trains_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[5]
         ctx.save_for_backward(unit, targets, sequence_ids, *((hidden, weight, bias) if trains_head else (None,) * 3))
@@ -77,7 +78,7 @@ def _head_gradients(hidden, weight, targets, bias, softcap, scale):
     grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
     grad_bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
     for piece in _chunks(len(targets), weight.shape[0]):
-        logits = head_logits(hidden[piece], weight, bias, softcap)
+        logits = head_logits(hidden[piece], weight, bias, softcap, product)
         _, gradient = _logps_and_gradient(logits, targets[piece], softcap)
         gradient.mul_(-scale[piece, None])
         grad_weight.addmm_(gradient.T, hidden[piece].to(dtype))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch.nn.functional import linear
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -10,9 +13,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def head_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None) -> torch.Tensor:
+def head_logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = linear,
+) -> torch.Tensor:
     """(tokens, vocab) logits in the accumulation dtype."""
-    logits = (hidden @ weight.T).to(accumulation_dtype(hidden.dtype))
+    logits = product(hidden, weight).to(accumulation_dtype(hidden.dtype))
     if bias is not None:
         logits = logits + bias
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -2,7 +2,8 @@
 
 A *row* is a prompt with one or more responses. Under the shared-prefix layout it is one line of the batch,
 ``prompt | response | response``: each response attends to the prompt and to itself, and its positions continue the
-prompt's. The last prompt token predicts the first token of every response. The packed layout puts all rows, laid out like
+prompt's. The last prompt token predicts the first token of every response. The last token of a response predicts nothing
+and is left out. The packed layout puts all rows, laid out like
 this, on a single line without padding. Under the concatenated layout each response is a line of its own behind a copy of
 the prompt. All give the same log-probabilities; the first two compute the prompt once.
 """
@@ -36,8 +37,14 @@ class Row(NamedTuple):
     responses: Sequence[Sequence[int]]
 
     @property
+    def spans(self) -> tuple[int, ...]:
+        """Positions of the prompt, then of each response: all of its tokens but the last."""
+        return len(self.prompt), *(len(response) - 1 for response in self.responses)
+
+    @property
     def length(self) -> int:
-        return len(self.prompt) + sum(len(r) for r in self.responses)
+        """Positions on a line of its own."""
+        return sum(self.spans)
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Batch:
     read: torch.Tensor  # (positions,) int64, the predictors in order and once each: all that the head reads
     num_sequences: int
     layout: RowLayout
-    spans: tuple[tuple[int, ...], ...]  # a row each: tokens of its prompt, then of each response
+    spans: tuple[tuple[int, ...], ...]  # a row each: positions of its prompt, then of each response
     tokens: int  # positions that are not padding
 
     def to(self, device: torch.device) -> Batch:
@@ -108,11 +115,11 @@ def collate(rows: Sequence[Row], *, layout: RowLayout, pad_token_id: int) -> Bat
             segments[number, start:end] = 0
             last_of_prompt = number * length + end - 1
             for segment, response in enumerate(row.responses, 1):
-                start, end = end, end + len(response)
-                ids[number, start:end] = torch.tensor(response)
-                positions[number, start:end] = torch.arange(len(row.prompt), len(row.prompt) + len(response))
+                start, end = end, end + len(response) - 1
+                ids[number, start:end] = torch.tensor(response[:-1])
+                positions[number, start:end] = torch.arange(len(row.prompt), len(row.prompt) + end - start)
                 segments[number, start:end] = segment
-                here = number * length + torch.arange(start - 1, end - 1)
+                here = number * length + torch.arange(start - 1, end)
                 here[0] = last_of_prompt
                 predictors.append(here)
                 targets.append(torch.tensor(response))
@@ -129,7 +136,7 @@ def collate(rows: Sequence[Row], *, layout: RowLayout, pad_token_id: int) -> Bat
         sequence_ids=torch.cat(sequence_ids),
         num_sequences=len(sequence_ids),
         layout=layout,
-        spans=tuple((len(row.prompt), *map(len, row.responses)) for line in lines for row in line),
+        spans=tuple(row.spans for line in lines for row in line),
         tokens=sum(row.length for line in lines for row in line),
     )
 

@@ -1,9 +1,9 @@
 """Attention over rows packed on one line of a CPU batch, without a mask of the whole line.
 
 Registered with transformers under a name of its own. Where a forward call carries ``packing``, rows are taken one after the
-other and each row in pieces of queries, with the keys of the row up to the piece's end; nothing is computed for rows that do
-not see each other, and of what causality hides only a corner of each piece. In the last layer only positions that predict a
-token are queries. Without ``packing``, as in generation, it is transformers' own SDPA attention.
+other and each row in pieces of queries, each with the keys that it sees; nothing is computed between rows, nor between the
+responses of a pair, and of what causality hides only a corner of each piece. In the last layer only positions that predict
+a token are queries. Without ``packing``, as in generation, it is transformers' own SDPA attention.
 
 A piece is a few batched matrix products with a backward of its own. At the lengths of preference pairs that was measured to
 be a quarter faster than torch's fused attention for CPUs, whose blocks are smaller than suits its matrix products.
@@ -11,7 +11,8 @@ be a quarter faster than torch's fused attention for CPUs, whose blocks are smal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -30,40 +31,73 @@ KEPT_SCORES = 1 << 24
 
 
 class Piece(NamedTuple):
-    """Queries of a row and the keys up to the last of them, as positions on the line."""
+    """Queries that follow each other in a row, and the keys that they see: one stretch of a packing's order of keys."""
 
-    queries: slice
-    keys: slice
-    mask: torch.Tensor  # (queries, keys) float32: 0 where a query sees a key, else -inf
-    is_last: bool  # of its row, so that its keys are all of the row's
+    queries: int
+    start: int  # of the stretch
+    keys: int
+    backwards: bool  # the queries' own tokens are the first of the stretch, the latest in front; otherwise the last of it
+    hidden: slice  # keys of the stretch that no query sees, beside those that causality hides
+
+
+class Plan(NamedTuple):
+    """What a layer computes: pieces of queries, one after the other."""
+
+    pieces: list[Piece]
+    positions: torch.Tensor | None  # of the queries on the line; None: all
+    order: torch.Tensor  # (tokens,) position on the line of each key
+    place: torch.Tensor  # (tokens,) place in that order of each position
 
 
 class Packing:
     """Who sees whom on a packed line; made once a batch and used by every layer.
 
+    A token of the first response sees the prompt and its own response up to itself, and so does one of the second. The keys
+    of a row are therefore ordered: second response backwards, prompt, first response. Then both see one stretch of keys, and
+    none is computed that only the other sees. Further responses follow, and see a stretch with a hidden part.
+
     Args:
-        spans: a row each: tokens of its prompt, then of each response.
+        spans: a row each: positions of its prompt, then of each response.
     """
 
     def __init__(self, spans: Sequence[tuple[int, ...]]) -> None:
         starts = list(accumulate(map(sum, spans), initial=0))[:-1]
-        self.pieces = [p for start, span in zip(starts, spans, strict=True) for p in _row_pieces(start, span, 0)]
+        rows = list(zip(starts, spans, strict=True))
+        order = torch.cat([_key_order(start, span) for start, span in rows])
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))
+        self.everywhere = Plan([p for start, span in rows for p in _row_pieces(start, span, 0)], None, order, place)
         # The last token of a prompt is the first that predicts a token of a response.
-        self.predicting = [p for start, span in zip(starts, spans, strict=True) for p in _row_pieces(start, span, span[0] - 1)]
+        pieces = [p for start, span in rows for p in _row_pieces(start, span, span[0] - 1)]
+        positions = torch.cat([torch.arange(start + span[0] - 1, start + sum(span)) for start, span in rows])
+        self.predicting = Plan(pieces, positions, order, place)
 
 
-def _row_pieces(start: int, span: tuple[int, ...], first: int) -> list[Piece]:
-    """A row from ``start`` of the line, its queries from token ``first`` of the row on; its last piece comes first."""
-    tokens = sum(span)
-    segments = torch.arange(len(span)).repeat_interleave(torch.tensor(span))
-    number = -(-(tokens - first) // QUERIES)
-    pieces = []
-    for low, high in pairwise(first + (tokens - first) * i // number for i in range(number + 1)):
-        seen = (segments[:high] == 0) | (segments[low:high, None] == segments[:high])
-        hidden = ~seen.tril(low)
-        mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-        pieces.append(Piece(slice(start + low, start + high), slice(start, start + high), mask, high == tokens))
-    return pieces[::-1]
+def _key_order(start: int, span: tuple[int, ...]) -> torch.Tensor:
+    """Positions of a row's tokens, in the order of its keys."""
+    ahead, turned = sum(span[:2]), sum(span[2:3])
+    positions = torch.arange(start, start + sum(span))
+    return torch.cat((positions[ahead : ahead + turned].flip(0), positions[:ahead], positions[ahead + turned :]))
+
+
+def _row_pieces(start: int, span: tuple[int, ...], first: int) -> Iterator[Piece]:
+    """A row from ``start`` of the line; its queries from token ``first`` of the row on, which the prompt or the first
+    response holds."""
+    prompt, ahead, turned = span[0], sum(span[:2]), sum(span[2:3])
+    start += turned
+    for low, high in _cut(first, ahead):
+        yield Piece(high - low, start, high, backwards=False, hidden=slice(0))
+    for low, high in _cut(0, turned):
+        yield Piece(high - low, start - high, high + prompt, backwards=True, hidden=slice(0))
+    for length in span[3:]:
+        for low, high in _cut(0, length):
+            yield Piece(high - low, start, ahead + high, backwards=False, hidden=slice(prompt, ahead))
+        ahead += length
+
+
+def _cut(low: int, high: int) -> Iterator[tuple[int, int]]:
+    number = -(-(high - low) // QUERIES)
+    return pairwise(low + (high - low) * i // number for i in range(number + 1)) if number else iter(())
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -75,52 +109,86 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pieces: list[Piece], scale: float
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, scale: float
     ) -> torch.Tensor:
-        dtype = query.dtype
-        query, key, value = (x[0].to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
-        query = query.unflatten(0, (len(key), -1))  # (key heads, query heads a key head, tokens, width)
-        groups, heads, tokens, width = query.shape
-        output = query.new_zeros(tokens, groups, heads, width).permute(1, 2, 0, 3)
-        keep = sum(piece.mask.numel() for piece in pieces) * groups * heads <= KEPT_SCORES
-        kept = []
-        for piece in pieces:
-            probabilities = _probabilities(query, key, piece, scale)
-            output[:, :, piece.queries] = (probabilities @ value[:, piece.keys]).unflatten(1, (heads, -1))
-            kept.append(probabilities if keep else None)
-        ctx.pieces, ctx.scale = pieces, scale
-        ctx.save_for_backward(query, key, value, *kept)
-        return output.flatten(0, 1).unsqueeze(0).to(dtype)
+        groups, heads = key.shape[1], query.shape[1] // key.shape[1]
+        rows = [piece.queries * heads for piece in plan.pieces]
+        q = _by_group(query, groups, plan.positions)
+        q = torch.mul(q, scale, out=q.new_empty(q.shape)).flatten(1, 2)
+        k, v = (_by_group(x, groups, plan.order).flatten(1, 2) for x in (key, value))
+        keep = sum(piece.queries * piece.keys for piece in plan.pieces) * groups * heads <= KEPT_SCORES
+        outputs, kept = [], []
+        for piece, q_piece in zip(plan.pieces, q.split(rows, 1), strict=True):
+            p = _probabilities(q_piece, k, piece)
+            outputs.append(torch.bmm(p, v.narrow(1, piece.start, piece.keys)))
+            kept.append(p if keep else None)
+        ctx.plan, ctx.scale, ctx.rows = plan, scale, rows
+        ctx.save_for_backward(q, k, v, *kept)
+        return _by_head(torch.cat(outputs, 1), query, plan.positions)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
-        dtype = gradient.dtype
-        gradient = gradient[0].to(query.dtype).unflatten(0, query.shape[:2])
-        # Every key is written by its row's last piece before another piece adds to it.
-        grad_query, grad_key, grad_value = torch.zeros_like(query), torch.empty_like(key), torch.empty_like(value)
-        for piece, p in zip(ctx.pieces, kept, strict=True):
-            p = _probabilities(query, key, piece, ctx.scale) if p is None else p
-            g, q = (x[:, :, piece.queries].flatten(1, 2) for x in (gradient, query))
-            of_p = g @ value[:, piece.keys].mT
-            # Through softmax, and times the scale: p * (of_p - sum(p * of_p)).
-            of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype).mul_(ctx.scale)
-            grad_query[:, :, piece.queries] = (of_scores @ key[:, piece.keys]).unflatten(1, (query.shape[1], -1))
-            for whole, part in ((grad_key, of_scores.mT @ q), (grad_value, p.mT @ g)):
-                if piece.is_last:
-                    whole[:, piece.keys] = part
-                else:
-                    whole[:, piece.keys] += part
-        gradients = grad_query.flatten(0, 1), grad_key, grad_value
-        return *(x.unsqueeze(0).to(dtype) for x in gradients), None, None
+        q, k, v, *kept = ctx.saved_tensors
+        plan, v_turned = ctx.plan, v.mT
+        g = _by_group(gradient, len(k), plan.positions).flatten(1, 2)
+        of_q, of_v = [], torch.zeros_like(v)
+        of_k = torch.zeros_like(k) if ctx.needs_input_grad[1] else None  # nothing trains below the keys of the first layer
+        for piece, p, q_piece, g_piece in zip(plan.pieces, kept, q.split(ctx.rows, 1), g.split(ctx.rows, 1), strict=True):
+            p = _probabilities(q_piece, k, piece) if p is None else p
+            of_p = torch.bmm(g_piece, v_turned.narrow(2, piece.start, piece.keys))
+            # Through softmax: p * (of_p - sum(p * of_p)).
+            of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype)
+            of_q.append(torch.bmm(of_scores, k.narrow(1, piece.start, piece.keys)))
+            if of_k is not None:
+                of_k.narrow(1, piece.start, piece.keys).add_(torch.bmm(of_scores.mT, q_piece))
+            of_v.narrow(1, piece.start, piece.keys).add_(torch.bmm(p.mT, g_piece))
+        grad_query = _by_head(torch.cat(of_q, 1).mul_(ctx.scale), gradient, plan.positions)
+        grad_key, grad_value = (None if x is None else _by_position(x, plan, gradient.dtype) for x in (of_k, of_v))
+        return grad_query, grad_key, grad_value, None, None
 
 
-def _probabilities(query: torch.Tensor, key: torch.Tensor, piece: Piece, scale: float) -> torch.Tensor:
-    """(key heads, query heads a key head x queries, keys)."""
-    q = query[:, :, piece.queries].flatten(1, 2)
-    mask = piece.mask.to(q.dtype).repeat(query.shape[1], 1).expand(len(q), -1, -1)
-    return torch.softmax(torch.baddbmm(mask, q, key[:, piece.keys].mT, alpha=scale), -1)
+def _by_group(x: torch.Tensor, groups: int, positions: torch.Tensor | None) -> torch.Tensor:
+    """(1, heads, tokens, width) as (groups, positions, heads of a group, width), in float32 at least."""
+    by_token = x[0].transpose(0, 1).to(torch.promote_types(x.dtype, torch.float32))
+    chosen = by_token if positions is None else by_token[positions]
+    return chosen.unflatten(1, (groups, -1)).transpose(0, 1)
+
+
+def _by_position(rows: torch.Tensor, plan: Plan, dtype: torch.dtype) -> torch.Tensor:
+    """(groups, tokens in the order of keys, width) as (1, groups, tokens on the line, width)."""
+    return rows[:, plan.place][None].to(dtype)
+
+
+def _by_head(rows: torch.Tensor, like: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """(groups, positions x heads of a group, width) in the shape and dtype of ``like``; 0 at other positions."""
+    _, heads, tokens, width = like.shape
+    number = tokens if positions is None else len(positions)
+    by_token = rows.unflatten(1, (number, -1)).transpose(0, 1).reshape(number, heads, width).to(like.dtype)
+    if positions is not None:
+        by_token = by_token.new_zeros(tokens, heads, width).index_copy_(0, positions, by_token)
+    return by_token.transpose(0, 1)[None]
+
+
+def _probabilities(q: torch.Tensor, k: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """(groups, queries x heads of a group, keys)."""
+    number, rows = piece.queries, q.shape[1]
+    scores = torch.bmm(q, k.mT.narrow(2, piece.start, piece.keys))
+    later = _later(QUERIES, rows // number, q.dtype, piece.backwards)
+    if piece.backwards:
+        scores.narrow(2, 0, number).add_(later[:rows, -number:])
+    else:
+        scores.narrow(2, piece.keys - number, number).add_(later[:rows, :number])
+    if piece.hidden.stop:
+        scores[:, :, piece.hidden] = -torch.inf
+    return torch.softmax(scores, -1, out=scores)
+
+
+@cache
+def _later(queries: int, heads: int, dtype: torch.dtype, backwards: bool) -> torch.Tensor:
+    """(queries x heads, queries): -inf where a key is later than the query, else 0."""
+    table = torch.full((queries, queries), -torch.inf, dtype=dtype).triu_(1).repeat_interleave(heads, 0)
+    return table.flip(1) if backwards else table
 
 
 def packed_attention(
@@ -151,9 +219,9 @@ def packed_attention(
     if dropout or kwargs.get("softcap") is not None:
         raise NotImplementedError("rows are not packed for models with attention dropout or a soft cap of attention scores")
     is_last_layer = module.layer_idx == module.config.num_hidden_layers - 1
-    pieces = packing.predicting if is_last_layer else packing.pieces
+    plan = packing.predicting if is_last_layer else packing.everywhere
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _PackedAttention.apply(query, key, value, pieces, scale).transpose(1, 2), None
+    return _PackedAttention.apply(query, key, value, plan, scale).transpose(1, 2), None
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -36,7 +36,7 @@ def block_mask(spans: tuple[tuple[int, ...], ...], device: torch.device) -> Bloc
     blocks, 256 x 256 at 32k tokens, made on the CPU.
 
     Args:
-        spans: a row each: tokens of its prompt, then of each response.
+        spans: a row each: positions of its prompt, then of each response.
 
     Returns:
         A mask of shape (1, 1, tokens, tokens).

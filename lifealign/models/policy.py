@@ -223,15 +223,14 @@ def choose_operations(policy: Policy, device: torch.device) -> None:
         return
     batch = _probe(policy, policy.layout)
     expected = policy(batch)
-    replaced = replace_small_operations(policy.base)
+    take_back = replace_small_operations(policy.base)
     try:
         problem = _difference(policy, policy(batch), expected)
     except Exception as error:  # whatever they do not suit, transformers' own do
         problem = _said(error)
     if problem is not None:
         log.warning("small operations stay transformers' own: %s", problem)
-        for module in replaced:
-            del module.forward
+        take_back()
 
 
 @torch.no_grad()
