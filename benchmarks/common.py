@@ -5,17 +5,21 @@ Import after ``lifealign.environment.prepare_process``, which must run before to
 
 from __future__ import annotations
 
+import ctypes
 import datetime
+import gc
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -68,6 +72,74 @@ def row_texts(rows: Path) -> Iterable[str]:
 def body_parameters(model: torch.nn.Module) -> int:
     """Body parameters N: weights of the matrix products of all layers, without embeddings, head and adapter."""
     return sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2 and "lora_" not in n)
+
+
+# Claims
+
+
+class Claim(NamedTuple):
+    """A figure and what it must not pass."""
+
+    name: str
+    figure: float
+    limit: float
+    unit: str
+    at_least: bool = False
+
+    @property
+    def holds(self) -> bool:
+        return self.figure >= self.limit if self.at_least else self.figure <= self.limit
+
+
+def claims_table(claims: Sequence[Claim]) -> str:
+    rows = [
+        [c.name, f"{'>=' if c.at_least else '<='} {c.limit:.4g}{c.unit}", f"{c.figure:.3g}{c.unit}", "yes" if c.holds else "no"]
+        for c in claims
+    ]
+    return table(["claim", "limit", "figure", "holds"], rows)
+
+
+def claims_json(claims: Sequence[Claim]) -> list[dict[str, Any]]:
+    return [{**claim._asdict(), "holds": claim.holds} for claim in claims]
+
+
+# Time and memory of a call
+
+
+def resident(which: str) -> int:
+    """Bytes of ``VmRSS`` (now) or ``VmHWM`` (peak) of this process."""
+    found = re.search(rf"^{which}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def extra_memory(call: Callable[[], Any]) -> tuple[int, Any]:
+    """Bytes at the peak of a call beyond what was there before it, and its result."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far becomes what is resident now
+    result = call()
+    return resident("VmHWM") - before, result
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = call()
+    return time.perf_counter() - started, result
+
+
+def take_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, Any]]:
+    """Of each call: memory of the first, the median time of the others, and the result of the last."""
+    found: dict[str, dict[str, Any]] = {name: {"all_seconds": []} for name in calls}
+    for name, call in calls.items():
+        found[name]["extra_bytes"], found[name]["result"] = extra_memory(call)
+    for _ in range(repeats):
+        for name, call in calls.items():
+            del found[name]["result"]  # its memory is not to stand beside the next one's
+            seconds, found[name]["result"] = timed(call)
+            found[name]["all_seconds"].append(seconds)
+    return {name: {"seconds": median(own["all_seconds"]), **own} for name, own in found.items()}
 
 
 # The machine

@@ -19,7 +19,6 @@ prepare_process()
 import argparse  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
-import re  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -29,7 +28,7 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
-from common import heading, load_average, matmul_rate, rate_line, table, write_results  # noqa: E402
+from common import heading, load_average, matmul_rate, rate_line, resident, table, write_results  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 
 from lifealign.kernels import sequence_logps  # noqa: E402
@@ -56,13 +55,6 @@ def lifealign(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
 
 
 HEADS: dict[str, Head] = {"naive": naive, "cross_entropy": torch_cross_entropy, "lifealign": lifealign}
-
-
-def resident(which: str) -> int:
-    """Bytes of ``VmRSS`` (now) or ``VmHWM`` (peak) of this process."""
-    found = re.search(rf"^{which}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def measure(name: str, tokens: int, vocab: int, width: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import Ended, end_here, train_here
+from support import Ended, compose_config, end_here, train_here
 
 from lifealign.memory.bank import read_ledger, read_update
 from lifealign.memory.contributions import cosines, summarise
@@ -20,6 +20,7 @@ from lifealign.memory.edit import edit
 from lifealign.memory_command import main
 from lifealign.models.adapter import WEIGHTS, saved_name
 from lifealign.rescore import Scorer
+from lifealign.run import train
 
 THREE = ("sequence.tasks=[instruct,hc3,safe_rlhf]", "evaluation.metrics=[preference_accuracy,chosen_nll]")
 SPACES = {"factors": (), "product": ("strategy.space=product",), "bf16": ("strategy.memory_dtype=bfloat16",)}
@@ -273,3 +274,17 @@ def test_an_edited_adapter_opens_like_any_other(tmp_path: Path, plain: Path) -> 
     scorer = Scorer(plain)
     (_, evaluation), *_ = scorer.score(tmp_path / "x", scorer.tasks[:1])
     assert evaluation.scores["chosen_nll"] > 0
+
+
+@pytest.mark.slow
+def test_a_task_taken_out_of_the_default_run_is_forgotten_and_the_others_hold(tmp_path: Path) -> None:
+    """The figures of docs/memory.md, with room for other processors: hc3 falls by 48 points, the others by 2 on average."""
+    run = tmp_path / "run"
+    train(compose_config("+sequence=six_domains", f"run.dir={run}", "tracking.mode=disabled"))
+    matrix = json.loads((run / "scores.json").read_text())["metrics"]["preference_accuracy"]["matrix"]
+    tasks = json.loads((run / "scores.json").read_text())["tasks"]
+    assert memory(run, "revert", "hc3", "--to", tmp_path / "without", "--score").code == 0
+    scored = json.loads((tmp_path / "without" / "scores.json").read_text())["scores"]
+    change = {task: scored[task]["preference_accuracy"] - was for task, was in zip(tasks, matrix[-1], strict=True)}
+    assert change.pop("hc3") < -30
+    assert sum(change.values()) / len(change) > -5

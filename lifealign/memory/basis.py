@@ -83,12 +83,12 @@ class Basis:
             raise ValueError("history holds an update that is not finite")
         coordinates = self._coordinates(update)
         residual = update - self._combine(coordinates)
-        again = norm(residual) < CANCELLED * whole
+        length = norm(residual)
+        again = length < CANCELLED * whole
         if again.any():
             correction = torch.where(again[:, None], self._coordinates(residual), 0.0)
             residual -= self._combine(correction)
-            coordinates += correction
-        length = norm(residual)
+            coordinates, length = coordinates + correction, norm(residual)
         is_new = length > RANK_TOLERANCE[self._store.dtype] * whole
         direction = residual.mul_(torch.where(is_new, 1 / length, 0.0)[:, None, None])
         if self.limit is not None:

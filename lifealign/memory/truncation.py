@@ -49,10 +49,9 @@ class Denoised(NamedTuple):
 
 
 class _Directions(NamedTuple):
-    """Leading left singular directions of a matrix with no more rows than columns, and its products with them."""
+    """Leading left singular directions of a matrix with no more rows than columns."""
 
     vectors: torch.Tensor  # (..., rows, found), orthonormal
-    products: torch.Tensor  # (..., found, columns): vectorsᵀ · matrix
     squares: torch.Tensor  # (..., found), descending, of the singular values
     total: torch.Tensor  # (..., 1): squared norm of the matrix
 
@@ -89,7 +88,9 @@ def truncate(update: torch.Tensor, energy: float, method: SVDMethod = SVDMethod.
     values = found.squares.sqrt()
     if energy == 1:
         return Denoised(update.clone(), keep.sum(-1), torch.ones_like(share), values)
-    truncated = (found.vectors * keep.unsqueeze(-2)) @ found.products
+    leading = found.vectors * keep.unsqueeze(-2)
+    is_square = leading.shape[-1] == leading.shape[-2]  # then one product with the long side does in place of two
+    truncated = (leading @ leading.mT) @ matrix if is_square else leading @ (leading.mT @ matrix)
     return Denoised(truncated.to(update.dtype), keep.sum(-1), share, values)
 
 
@@ -103,22 +104,21 @@ def _directions(matrix: torch.Tensor, energy: float, method: SVDMethod) -> _Dire
     if method is SVDMethod.auto:
         method = SVDMethod.gram if matrix.shape[-2] <= GRAM_LIMIT else SVDMethod.randomized
     if method is SVDMethod.exact:
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-        return _Directions(u, s.unsqueeze(-1) * vh, s.square(), s.square().sum(-1, keepdim=True))
+        u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
+        return _Directions(u, s.square(), s.square().sum(-1, keepdim=True))
     if method is SVDMethod.gram or energy == 1:  # all energy is all directions: nothing is left to sketch
-        return _rotated(None, matrix)
+        return _of_gram(matrix)
     parts = [_sketched(m, energy) for m in matrix.reshape(-1, *matrix.shape[-2:])]
     found = max(len(part.squares) for part in parts)
     fields = zip(*(_padded(part, found) for part in parts), strict=True)
     return _Directions(*(torch.stack(field).view(*matrix.shape[:-2], *field[0].shape) for field in fields))
 
 
-def _rotated(basis: torch.Tensor | None, products: torch.Tensor) -> _Directions:
-    """Singular directions within the span of an orthonormal basis (None: all of the space), where ``products`` = basisᵀ M."""
-    squares, rotation = torch.linalg.eigh(products @ products.mT)  # ascending
-    squares, rotation = squares.flip(-1).clamp(min=0), rotation.flip(-1)
-    vectors = rotation if basis is None else basis @ rotation
-    return _Directions(vectors, rotation.mT @ products, squares, squares.sum(-1, keepdim=True))
+def _of_gram(matrix: torch.Tensor) -> _Directions:
+    """All directions, from the eigenvectors of M Mᵀ."""
+    squares, vectors = torch.linalg.eigh(matrix @ matrix.mT)  # ascending
+    squares = squares.flip(-1).clamp(min=0)
+    return _Directions(vectors.flip(-1), squares, squares.sum(-1, keepdim=True))
 
 
 def _sketched(matrix: torch.Tensor, energy: float) -> _Directions:
@@ -150,15 +150,13 @@ def _sketched(matrix: torch.Tensor, energy: float) -> _Directions:
         image = torch.linalg.qr(matrix @ sample - basis @ (products @ sample)).Q
         image = torch.linalg.qr(image - basis @ (basis.mT @ image)).Q  # rounding has brought some of the basis back
         basis, products = torch.cat([basis, image], 1), torch.cat([products, image.mT @ matrix])
-        found = _rotated(basis, products)
+        found = _of_gram(products)
         if basis.shape[1] == rows or found.squares[:-OVERSAMPLING].sum() >= energy * total:
-            return found._replace(total=total.reshape(1))
+            return _Directions(basis @ found.vectors, found.squares, total.reshape(1))
         block = basis.shape[1]
 
 
 def _padded(part: _Directions, found: int) -> _Directions:
     """The same directions and zeros up to ``found`` of them, so that a batch is rectangular."""
     more = found - len(part.squares)
-    return _Directions(
-        pad(part.vectors, (0, more)), pad(part.products, (0, 0, 0, more)), pad(part.squares, (0, more)), part.total
-    )
+    return _Directions(pad(part.vectors, (0, more)), pad(part.squares, (0, more)), part.total)

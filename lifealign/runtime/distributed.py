@@ -106,8 +106,9 @@ def broadcast_all(tensors: Sequence[torch.Tensor], source: int) -> None:
             continue
         flat = torch.cat([tensor.flatten() for tensor in bucket])
         dist.broadcast(flat, source)
-        for tensor, value in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-            tensor.copy_(value.view_as(tensor))
+        if source != rank():
+            for tensor, value in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(value.view_as(tensor))
 
 
 def _buckets(tensors: Sequence[torch.Tensor], most: int) -> Iterator[list[torch.Tensor]]:
