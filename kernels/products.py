@@ -22,8 +22,9 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
         x: (rows, inputs).
         weight: (outputs, inputs); the transpose of a contiguous matrix does as well.
     """
-    if x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and len(x) >= FEWEST_ROWS and _has_onednn():
-        return _onednn(x, weight, bias)
+    suits = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and len(x) >= FEWEST_ROWS and x.shape[1] > 0
+    if suits and _has_onednn():
+        return _onednn(x, weight, None if bias is None else bias.contiguous())  # a strided one is misread
     return linear(x, weight, bias)
 
 

@@ -18,10 +18,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def exit_code(work: Callable[[], None]) -> int:
-    """Do it; a user's mistake is told in one line on standard error, and the exit code is 2."""
+    """Do it; a user's mistake, or a file that cannot be read or written, is told in one line, and the exit code is 2."""
     try:
         work()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

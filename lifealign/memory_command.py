@@ -1,6 +1,7 @@
 """Open a run's long-term memory: what each task put in, what it fought with, and an adapter without it.
 
-Everything works offline, on a CPU and on files alone; only scoring loads the model. The run itself is never changed.
+Everything works offline, on a CPU and on files alone; only scoring loads the model. The run's adapter and memory are never
+changed.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ def _parser() -> ArgumentParser:
     to.add_argument("--score", action="store_true", help="score the new adapter on the run's tasks, beside the old scores")
     scale = actions.add_parser("scale", parents=[to], help="an adapter with more or less of some tasks")
     scale.add_argument("factors", nargs="+", metavar="TASK=FACTOR")
-    scale.set_defaults(do=lambda given, entries: _edit(given, entries, dict(map(_factor, given.factors))))
+    scale.set_defaults(do=lambda given, _: _edit(given, [_factor(word) for word in given.factors]))
     revert = actions.add_parser("revert", parents=[to], help="an adapter as if a task had put nothing in")
     revert.add_argument("tasks", nargs="+", metavar="TASK")
-    revert.set_defaults(do=lambda given, entries: _edit(given, entries, dict.fromkeys(given.tasks, 0.0)))
+    revert.set_defaults(do=lambda given, _: _edit(given, [(task, 0.0) for task in given.tasks]))
     export = actions.add_parser("export", help="the ledger as a table, a row a factor: CSV")
     export.add_argument("--to", type=Path, metavar="FILE", help="a file; standard output unless told")
     export.set_defaults(do=_export)
@@ -96,10 +97,13 @@ truncation kept and their share of energy, and the share of that which lay in th
 
 
 def _summary_cells(summary: Summary) -> list[str]:
-    share = lambda value: "–" if value is None else f"{100 * value:.1f} %"  # noqa: E731
     rank = "–" if summary.kept_rank is None else f"{summary.kept_rank:.1f}"
     norms = f"{summary.norm:.4g}", f"{summary.update_norm:.4g}"
-    return [*norms, rank, share(summary.kept_energy), share(summary.history_share)]
+    return [*norms, rank, *map(_percent, (summary.kept_energy, summary.history_share))]
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
 
 
 def _show(given: argparse.Namespace, entries: Sequence[Entry]) -> None:
@@ -111,7 +115,7 @@ def _show(given: argparse.Namespace, entries: Sequence[Entry]) -> None:
         raise UserError(f"show {given.task}: the ledger names no such task{did_you_mean(given.task, tasks)}")
     console = _console()
     for entry in own:
-        console.print(f"[bold]{entry['task']}, {entry['stage']}[/bold], {entry['date']}", highlight=False)
+        console.print(f"{entry['task']}, {entry['stage']}, {entry['date']}", highlight=False, style="bold")
         console.print(", ".join(f"{what} {value[:SHORT]}" for what, value in entry["hashes"].items()), highlight=False)
         console.print(_layer_table(entry), highlight=False)
     conflict = cosines(given.run / "memory", entries)
@@ -145,21 +149,26 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
-def _edit(given: argparse.Namespace, entries: Sequence[Entry], factors: Mapping[str, float]) -> None:
+def _edit(given: argparse.Namespace, wanted: Sequence[tuple[str, float]]) -> None:
     from safetensors.torch import save_file
 
-    from lifealign.memory.edit import edit  # slow to import, as is what it needs
+    from lifealign.memory.edit import edit, finished_adapters  # slow to import, as is what it needs
     from lifealign.models.adapter import WEIGHTS
 
+    factors = dict(wanted)
+    if len(factors) < len(wanted):
+        raise UserError("a task is named twice; give each once")
     if given.to.exists():
         raise UserError(f"--to {given.to}: exists already; name a folder that does not")
+    if given.score and not (given.run / "scores.json").exists():
+        raise UserError(f"{given.run}: there are no scores yet to compare with; leave out --score")
     edited = edit(given.run, factors)
     beside = given.to.with_name(given.to.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(given.run / "adapter", beside)
+    shutil.copytree(finished_adapters(given.run)[-1], beside)
     save_file(edited.factors, beside / WEIGHTS, {"format": "pt"})
-    made_of = [{**_identity(entry), "factor": factors.get(entry["task"], 1.0)} for entry in entries]
-    write_json(beside / "edit.json", {"run": given.run.resolve().name, "scaled": dict(factors), "entries": made_of})
+    made_of = [{**_identity(entry), "factor": factors.get(entry["task"], 1.0)} for entry in edited.entries]
+    write_json(beside / "edit.json", {"run": given.run.resolve().name, "scaled": factors, "entries": made_of})
     replace_folder(beside, given.to)
     console = _console()
     if edited.truncation_error:
@@ -176,10 +185,11 @@ def _identity(entry: Entry) -> dict[str, Any]:
 def _score(run: Path, adapter: Path, console: Console) -> None:
     """Score an edited adapter on every task the run has finished, and print it beside the scores of the run's own."""
     from lifealign.evaluation.scores import METRICS, metric_info
+    from lifealign.memory.edit import finished_adapters
     from lifealign.rescore import Scorer
 
     before = read_json(run / "scores.json")["metrics"]
-    finished = len(list((run / "tasks").glob("[0-9]*_*/adapter")))
+    finished = len(finished_adapters(run))
     try:
         scorer = Scorer(run)
         scores = {task.name: result.scores for task, result in scorer.score(adapter, scorer.tasks[:finished])}
@@ -226,5 +236,5 @@ def _write_csv(rows: Sequence[Mapping[str, Any]], file: Any) -> None:
 
 
 def _console() -> Console:
-    """Wide where nobody looks: a table in a pipe or a file must not be cut to the width of a terminal."""
-    return Console(soft_wrap=True, width=None if sys.stdout.isatty() else 240)
+    """Names are printed as they are; lines that a terminal is too narrow for are wrapped by it, and nothing is cut."""
+    return Console(soft_wrap=True, markup=False, emoji=False, width=240)

@@ -8,10 +8,10 @@ from pathlib import Path
 from lifealign.assets import SIX_DOMAINS
 from lifealign.config import Config, build, load_run
 from lifealign.data.tasks import Task, load_tasks
-from lifealign.errors import UserError
 from lifealign.evaluation.evaluate import Evaluation, Evaluator
 from lifealign.evaluation.scores import ScoreBook, closing_table
 from lifealign.lifelong import make_policy
+from lifealign.memory.edit import finished_adapters
 from lifealign.models.adapter import load_adapter
 from lifealign.models.loading import load_tokenizer
 from lifealign.models.scoring import ReferenceLogps
@@ -58,9 +58,7 @@ def rescore(folder: Path, overrides: Sequence[str]) -> ScoreBook:
     """
     scorer = Scorer(folder, overrides)
     config, tasks = scorer.config, scorer.tasks
-    finished = sorted((folder / "tasks").glob("[0-9]*_*/adapter"))
-    if not finished:
-        raise UserError(f"{folder}: no task of this run is finished, so there is no adapter to score")
+    finished = finished_adapters(folder)
     book = ScoreBook([task.name for task in tasks])
     for number, adapter in enumerate(finished):
         predictions = []

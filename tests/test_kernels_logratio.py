@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lifealign.kernels import sequence_logps
+from lifealign.kernels import product, sequence_logps
 from lifealign.kernels.logratio import IMPLEMENTATIONS, chunked
 
 WIDTH = 48
@@ -292,3 +292,16 @@ def test_evaluation_keeps_nothing_for_backward() -> None:
         logps = sequence_logps(case.hidden, case.weight, case.targets, case.sequence_ids, 5, bias=case.bias)
     assert not logps.requires_grad
     torch.testing.assert_close(logps.double(), oracle(case, None)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 401])
+@pytest.mark.parametrize("inputs", [0, 1, 48])
+def test_the_product_with_a_frozen_weight(rows: int, inputs: int) -> None:
+    """Operands in any layout, a strided bias among them, which oneDNN would misread."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 2 * inputs, generator=generator)[:, ::2] for n in (rows, 47))
+    bias = torch.randn(94, generator=generator)[::2]
+    for w in (weight, weight.contiguous(), weight.T.contiguous().T):
+        for b in (None, bias, bias.contiguous()):
+            expected = x.double() @ w.double().T + (0 if b is None else b.double())
+            torch.testing.assert_close(product(x, w, b).double(), expected, rtol=1e-5, atol=1e-5)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib import import_module
+from inspect import unwrap
 
 import pytest
 import torch
@@ -219,10 +220,16 @@ class TestRotaryPositions:
     @pytest.mark.parametrize("kind", ["qwen2", "llama"])
     def test_another_form_of_call_is_left_to_the_model_s_own(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         modeling = import_module(f"transformers.models.{kind}.modeling_{kind}")
-        own, calls = modeling.apply_rotary_pos_emb, []
+        own, calls = unwrap(modeling.apply_rotary_pos_emb), []
+        monkeypatch.setattr(modeling, "apply_rotary_pos_emb", own)  # whatever models before this test have put there
         monkeypatch.setattr(_Rotary, "apply", lambda *inputs, own=_Rotary.apply: calls.append("own") or own(*inputs))
         lean._replace_rotary(modeling)
-        assert lean._replace_rotary(modeling) == []  # a second model of the architecture
+        replaced = modeling.apply_rotary_pos_emb
+        (undo,) = lean._replace_rotary(modeling)  # a second model of the architecture
+        assert modeling.apply_rotary_pos_emb is replaced
+        undo()
+        assert modeling.apply_rotary_pos_emb is own
+        lean._replace_rotary(modeling)
         q, k, cos, sin = self.inputs()
         for arguments, applied in (((), 2), ((1,), 0)):
             calls.clear()

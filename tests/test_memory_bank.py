@@ -60,15 +60,16 @@ def written_by(ranks: int, folder: Path, made: Tensors, monkeypatch: pytest.Monk
     entries = []
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "barrier", lambda: None)
-        patch.setattr(distributed, "gather_objects", lambda value: digests)
+        patch.setattr(distributed, "gather_objects", lambda value: digests if isinstance(value, dict) else [value])
+        patch.setattr(distributed, "broadcast_object", lambda value: value)
         patch.setenv("WORLD_SIZE", str(ranks))
         for rank in range(ranks):
             patch.setenv("RANK", str(rank))
             bank = MemoryBank(folder)
             bank.append(ABOUT, shares[rank], RECORDS, HASHES)
-            entries.append({**bank.entries[0], "date": ""})
+            entries.append({**bank.entries[0], "date": "", "seal": ""})
     assert all(entry == entries[0] for entry in entries)
-    return entries[0]
+    return read_ledger(folder)[0]
 
 
 # -- writing and reading -----------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert read_ledger(tmp_path) == []
     bank = filled(tmp_path, 3)
     entries = read_ledger(tmp_path)
-    assert entries == bank.entries
+    assert [{k: v for k, v in e.items() if k not in ("tensors", "factors")} for e in entries] == bank.entries
     assert [entry["name"] for entry in entries] == ["000_hc3_sft", "001_hc3_preference", "002_hc3_sft"]
     for i, entry in enumerate(entries):
         assert equal(read_update(tmp_path, entry), tensors(i))
@@ -90,7 +91,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 def test_only_what_is_wanted_is_read(tmp_path: Path) -> None:
-    (entry,) = filled(tmp_path).entries
+    filled(tmp_path)
+    (entry,) = read_ledger(tmp_path)
     found = read_update(tmp_path, entry, {"a", "column"}.__contains__)
     assert equal(found, {name: tensors()[name] for name in ("a", "column")})
 
@@ -99,7 +101,7 @@ def test_an_update_of_nothing(tmp_path: Path) -> None:
     """A rank may own no factor."""
     bank = MemoryBank(tmp_path)
     bank.append(ABOUT, {}, [], {})
-    assert read_update(tmp_path, bank.entries[0]) == {}
+    assert read_update(tmp_path, read_ledger(tmp_path)[0]) == {}
 
 
 def test_rows_of_one_stack_and_views_are_written_whole(tmp_path: Path) -> None:
@@ -107,7 +109,7 @@ def test_rows_of_one_stack_and_views_are_written_whole(tmp_path: Path) -> None:
     stack = torch.arange(24.0).view(2, 3, 4)
     bank = MemoryBank(tmp_path)
     bank.append(ABOUT, {"x": stack[0], "y": stack[1]}, [], {})
-    assert equal(read_update(tmp_path, bank.entries[0]), {"x": stack[0], "y": stack[1]})
+    assert equal(read_update(tmp_path, read_ledger(tmp_path)[0]), {"x": stack[0], "y": stack[1]})
 
 
 def test_every_hash_follows_what_it_is_of() -> None:
@@ -165,7 +167,7 @@ def test_what_a_stopped_run_left_uncounted_is_no_part_of_an_entry(tmp_path: Path
     written_by(2, tmp_path, tensors(3), monkeypatch)
     (tmp_path / "ledger.json").unlink()
     bank = filled(tmp_path)
-    assert equal(read_update(tmp_path, bank.entries[0]), tensors(0))
+    assert equal(read_update(tmp_path, read_ledger(tmp_path)[0]), tensors(0))
     assert len(list((tmp_path / bank.entries[0]["name"]).glob("shard-*"))) == 1
 
 
@@ -195,9 +197,35 @@ def test_a_ledger_that_is_none_is_an_error(tmp_path: Path, text: str) -> None:
         assert "ledger.json" in told(call)
 
 
+@pytest.mark.parametrize(("key", "value"), [("task", "other"), ("date", "2020-01-01"), ("consolidated", False)])
+def test_an_entry_that_was_changed_is_found(tmp_path: Path, key: str, value: Any) -> None:
+    """Nor can one be left out or moved: a seal covers the entry and the seal before it."""
+    filled(tmp_path, 3)
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    ledger["entries"][1][key] = value
+    (tmp_path / "ledger.json").write_text(json.dumps(ledger))
+    assert "001_hc3_preference is not what was written" in told(lambda: read_ledger(tmp_path))
+    del ledger["entries"][1]
+    (tmp_path / "ledger.json").write_text(json.dumps(ledger))
+    assert "002_hc3_sft is not what was written" in told(lambda: read_ledger(tmp_path))
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("{}")])
+def test_details_that_are_damaged_are_named(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+    filled(tmp_path)
+    damage(tmp_path / "000_hc3_sft" / "details.json")
+    assert "000_hc3_sft/details.json" in told(lambda: read_ledger(tmp_path))
+
+
+def test_a_ledger_without_seals_is_of_an_earlier_version(tmp_path: Path) -> None:
+    (tmp_path / "ledger.json").write_text(json.dumps({"entries": [{"name": "000_hc3_sft"}]}))
+    assert "earlier version" in told(lambda: read_ledger(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["a", "b", "column"])
 def test_a_flipped_bit_of_a_tensor_is_found(tmp_path: Path, name: str) -> None:
-    (entry,) = filled(tmp_path).entries
+    filled(tmp_path)
+    (entry,) = read_ledger(tmp_path)
     shard = tmp_path / entry["name"] / "shard-0.safetensors"
     content = bytearray(shard.read_bytes())
     start = content.find(tensors()[name].flatten().view(torch.uint8).numpy().tobytes())
@@ -210,7 +238,8 @@ def test_a_flipped_bit_of_a_tensor_is_found(tmp_path: Path, name: str) -> None:
 
 def test_no_flipped_bit_anywhere_goes_unseen(tmp_path: Path) -> None:
     """In the header too: it is an error, told in one line, or it changes nothing that is read."""
-    (entry,) = filled(tmp_path).entries
+    filled(tmp_path)
+    (entry,) = read_ledger(tmp_path)
     shard = tmp_path / entry["name"] / "shard-0.safetensors"
     content = shard.read_bytes()
     unseen = 0
@@ -229,7 +258,8 @@ def test_no_flipped_bit_anywhere_goes_unseen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [0, 4, 60, -1])
 def test_a_truncated_file_is_an_error(tmp_path: Path, length: int) -> None:
-    (entry,) = filled(tmp_path).entries
+    filled(tmp_path)
+    (entry,) = read_ledger(tmp_path)
     shard = tmp_path / entry["name"] / "shard-0.safetensors"
     shard.write_bytes(shard.read_bytes()[:length])
     assert str(shard) in told(lambda: read_update(tmp_path, entry))
@@ -246,13 +276,15 @@ def test_a_missing_shard_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
-    (entry,) = filled(tmp_path).entries
+    filled(tmp_path)
+    (entry,) = read_ledger(tmp_path)
     (tmp_path / entry["name"]).rename(tmp_path / "elsewhere")
     assert "is missing" in told(lambda: read_update(tmp_path, entry))
 
 
 def test_a_missing_tensor_is_an_error(tmp_path: Path) -> None:
-    (entry,) = filled(tmp_path).entries
+    filled(tmp_path)
+    (entry,) = read_ledger(tmp_path)
     other = MemoryBank(tmp_path / "other")
     other.append(ABOUT, {name: value for name, value in tensors().items() if name != "column"}, [], {})
     shard = Path(entry["name"]) / "shard-0.safetensors"
@@ -333,7 +365,8 @@ def test_a_run_taken_up_again_goes_on_bit_for_bit(tmp_path: Path, name: str, cou
         assert straight.stage(number) == resumed.stage(number)
         assert equal(resumed.factors(), straight.factors())
     left, right = (read_ledger(tmp_path / which / "memory") for which in ("straight", "stopped"))
-    assert [{**entry, "date": ""} for entry in left] == [{**entry, "date": ""} for entry in right]
+    undated = {"date": "", "seal": ""}  # the seal covers the date
+    assert [{**entry, **undated} for entry in left] == [{**entry, **undated} for entry in right]
     json.dumps(left, allow_nan=False)
 
 

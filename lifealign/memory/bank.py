@@ -1,15 +1,18 @@
 """The long-term memory on disk: a ledger of entries, and the update that each of them added to the adapter.
 
-    memory/ledger.json                          what each entry is, what happened to its factors, and hashes
+    memory/ledger.json                          what each entry is, and hashes
+    memory/000_TASK_STAGE/details.json          what happened to each factor, and the hash of each tensor
     memory/000_TASK_STAGE/shard-R.safetensors   the updates that rank R owned, in the dtype of memory
 
-An adapter is its initial value plus the sum of all entries. What stands here is what resuming, scaling and reverting go by,
-so every tensor is read against the hash in the ledger.
+An adapter is its initial value plus the sum of all entries. What stands here is what resuming, scaling and reverting go by.
+So every tensor and every file of details is read against its hash, and each entry is sealed with a hash over itself and the
+seal of the entry before it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -28,22 +31,40 @@ Entry = dict[str, Any]
 
 
 def read_ledger(folder: Path) -> list[Entry]:
-    """The entries of a memory folder, oldest first; none where there is no ledger.
+    """The entries of a memory folder with their ``tensors`` and ``factors``, oldest first; none where there is no ledger.
 
     Raises:
-        UserError: where it cannot be read.
+        UserError: where it cannot be read, or is not what was written.
     """
+    return [{**entry, **_read_details(folder, entry)} for entry in _read_entries(folder)]
+
+
+def _read_entries(folder: Path) -> list[Entry]:
     ledger = folder / "ledger.json"
     if not ledger.exists():
         return []
     try:
-        entries = read_json(ledger)["entries"]
+        entries, seal = read_json(ledger)["entries"], ""
         for entry in entries:
-            if entry["hashes"]["update"] != _combined(entry["tensors"]):
-                raise ValueError(f"the hash of entry {entry['name']} is not that of its tensors")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if "seal" not in entry:
+                raise UserError(f"{ledger}: written by an earlier version of LifeAlign, which kept no hashes")
+            seal = _seal(entry, seal)
+            if entry["seal"] != seal:
+                raise UserError(f"{ledger}: entry {entry['name']} is not what was written; take it from a copy of the run")
+    except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{ledger}: not a ledger ({error}); take it from a copy of the run") from error
     return entries
+
+
+def _read_details(folder: Path, entry: Entry) -> dict[str, Any]:
+    path = folder / entry["name"] / "details.json"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); take it from a copy of the run") from error
+    if hashlib.sha256(content).hexdigest() != entry["hashes"]["details"]:
+        raise UserError(f"{path}: is not what was written; take it from a copy of the run")
+    return json.loads(content)
 
 
 def read_update(folder: Path, entry: Entry, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
@@ -68,7 +89,7 @@ def read_update(folder: Path, entry: Entry, wanted: Callable[[str], bool] = lamb
 
 
 class MemoryBank:
-    """Entries of one run, oldest first. Every method is called on every rank."""
+    """Entries of one run, oldest first, without their details. Every method is called on every rank."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -90,43 +111,58 @@ class MemoryBank:
             hashes: of the data and the configuration that made it; that of the update is added here.
         """
         name = f"{len(self.entries):03d}_{about['task']}_{about['stage']}"
-        if distributed.is_main():
-            shutil.rmtree(self.folder / name, ignore_errors=True)  # left by a run that stopped before it was counted
-            (self.folder / name).mkdir(parents=True)
-        distributed.barrier()
-        save_file(dict(update), self.folder / name / f"shard-{distributed.rank()}.safetensors")
+        where = self.folder / name
+        with distributed.failing_together(OSError):
+            if distributed.is_main():
+                shutil.rmtree(where, ignore_errors=True)  # left by a run that stopped before it was counted
+                where.mkdir(parents=True)
+        with distributed.failing_together(OSError, SafetensorError):
+            save_file(dict(update), where / f"shard-{distributed.rank()}.safetensors")
         shares = distributed.gather_objects({key: _digest(tensor) for key, tensor in update.items()})
-        tensors = dict(sorted(item for share in shares for item in share.items()))
-        self.entries.append(
-            {
-                "name": name,
-                **about,
-                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "hashes": {"update": _combined(tensors), **hashes},
-                "tensors": tensors,
-                "factors": list(records),
-            }
-        )
-        if distributed.is_main():
-            flush_folder(self.folder / name)
-            self._write_ledger()
+        details = {"tensors": dict(sorted(item for share in shares for item in share.items())), "factors": list(records)}
+        content = json.dumps(details, indent=1, allow_nan=False).encode()
+        entry = {
+            "name": name,
+            **about,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "hashes": {
+                "update": _combined(details["tensors"]),
+                **hashes,
+                "details": hashlib.sha256(content).hexdigest(),
+            },
+        }
+        entry["seal"] = _seal(entry, self.entries[-1]["seal"] if self.entries else "")
+        entry = distributed.broadcast_object(entry)  # one date
+        self.entries.append(entry)
+        with distributed.failing_together(OSError):
+            if distributed.is_main():
+                (where / "details.json").write_bytes(content)
+                flush_folder(where)
+                self._write_ledger()
 
-    def load(self, count: int) -> None:
-        """Take up the first ``count`` entries and forget later ones.
+    def load(self, count: int) -> list[Entry]:
+        """Take up the first ``count`` entries and forget later ones; returns them with their tensors' hashes.
 
         Raises:
-            UserError: where the ledger holds fewer.
+            UserError: where the ledger holds fewer, or is damaged.
         """
-        entries = read_ledger(self.folder)[:count]
+        entries = _read_entries(self.folder)[:count]
         if len(entries) < count:
             raise UserError(f"{self.folder}: the ledger holds {len(entries)} entries, the checkpoint speaks of {count}")
         self.entries = entries
         distributed.barrier()  # every rank has read the ledger before it is written again
         if distributed.is_main():
             self._write_ledger()
+        return [{**entry, "tensors": _read_details(self.folder, entry)["tensors"]} for entry in entries]
 
     def _write_ledger(self) -> None:
         write_json(self.folder / "ledger.json", {"entries": self.entries})
+
+
+def _seal(entry: Entry, before: str) -> str:
+    """sha256 over an entry and the seal of the one before it: what is changed, left out or moved later on is noticed."""
+    content = json.dumps({key: value for key, value in entry.items() if key != "seal"}, sort_keys=True)
+    return hashlib.sha256(f"{before}\n{content}".encode()).hexdigest()
 
 
 def _combined(tensors: Mapping[str, str]) -> str:

@@ -140,7 +140,7 @@ class Basis:
         self._energies = pad(self._energies, (0, 1, 0, 1))
         self._energies += coordinates.unsqueeze(-1) * coordinates.unsqueeze(-2)
         # Less than none: a zero vector is the first to leave.
-        self._energies[:, -1, -1] -= torch.where(new == 0, self._energies.diagonal(dim1=1, dim2=2).sum(-1), 0.0)
+        self._energies[:, -1, -1] -= torch.where(new == 0, self._energies.diagonal(dim1=1, dim2=2).clamp(min=0).sum(-1), 0.0)
 
     def _merge_least(self) -> None:
         """Turn the vectors to the singular directions of the history, and let the one with the least energy go."""

@@ -117,12 +117,12 @@ def _on_all_ranks(portions: Iterator[Consolidated]) -> Consolidated:
             own.values.update(portion.values)
             own.update.update(portion.update)
             own.records.extend(portion.records)
-    except (ConsolidationFailed, torch.linalg.LinAlgError) as error:
-        problem = str(error)  # the other ranks wait for this one's records, and must hear of it there
-    everywhere = distributed.gather_objects((own.records, problem))
+    except Exception as error:  # whatever it is, the other ranks wait for this one's records, and must hear of it there
+        problem = error
+    everywhere = distributed.gather_objects((own.records, None if problem is None else str(problem)))
     failed = next((other for _, other in everywhere if other is not None), None)
     if failed is not None:
-        raise ConsolidationFailed(f"consolidation: {failed}")
+        raise ConsolidationFailed(f"consolidation: {failed}") from problem
     records = [record for share, _ in everywhere for record in share]
     return own._replace(records=sorted(records, key=lambda record: record["factor"]))
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from lifealign.memory.bank import Entry
+from lifealign.memory.bank import Entry, read_update
 from lifealign.memory.product import LEFT, RIGHT, Product, inner
 
 
@@ -35,9 +34,12 @@ def summarise(records: Sequence[dict[str, Any]]) -> Summary:
         return Summary(norm, update_norm, None, None, None)
     kept = [energy * record["kept_energy"] for energy, record in zip(energies, records, strict=True)]
     known = [energy * record["history_share"] for energy, record in zip(kept, records, strict=True)]
-    share = lambda part, whole, none: math.fsum(part) / math.fsum(whole) if math.fsum(whole) else none  # noqa: E731
     rank = sum(record["kept_rank"] for record in records) / len(records)
-    return Summary(norm, update_norm, rank, share(kept, energies, 1.0), share(known, kept, 0.0))
+    return Summary(norm, update_norm, rank, _share(kept, energies, 1.0), _share(known, kept, 0.0))
+
+
+def _share(part: Sequence[float], whole: Sequence[float], of_nothing: float) -> float:
+    return math.fsum(part) / math.fsum(whole) if math.fsum(whole) else of_nothing
 
 
 def tasks_of(entries: Sequence[Entry]) -> list[str]:
@@ -56,17 +58,16 @@ def cosines(folder: Path, entries: Sequence[Entry]) -> torch.Tensor:
 
 def _grams(folder: Path, entries: Sequence[Entry]) -> Iterator[torch.Tensor]:
     """Inner products of all entries' updates of a factor, one factor after the other, never more than one in memory."""
-    files: list[dict[str, Any]] = []
-    for entry in entries:
-        shards = [safe_open(shard, "pt") for shard in sorted((folder / entry["name"]).glob("shard-*.safetensors"))]
-        files.append({name: shard for shard in shards for name in shard.keys()})  # noqa: SIM118
     for name in entries[0]["tensors"] if entries else ():
         if name.endswith(LEFT):
-            left, right = (
-                [held[key].get_tensor(key).double() for held in files] for key in (name, name.removesuffix(LEFT) + RIGHT)
-            )
+            left, right = _read(folder, entries, name), _read(folder, entries, name.removesuffix(LEFT) + RIGHT)
             products = [Product(*parts) for parts in zip(left, right, strict=True)]
             yield torch.stack([torch.stack([inner(a, b) for b in products]) for a in products])
         elif not name.endswith(RIGHT):
-            flat = torch.stack([held[name].get_tensor(name).double().flatten() for held in files])
+            flat = torch.stack([update.flatten() for update in _read(folder, entries, name)])
             yield flat @ flat.T
+
+
+def _read(folder: Path, entries: Sequence[Entry], name: str) -> list[torch.Tensor]:
+    """A tensor of every entry, float64."""
+    return [read_update(folder, entry, name.__eq__)[name].double() for entry in entries]

@@ -27,58 +27,65 @@ Tensors = dict[str, torch.Tensor]
 class Edited(NamedTuple):
     """What an edit made."""
 
+    entries: list[Entry]  # that the adapter holds
     factors: Tensors  # by the names of the adapter's file
     truncation_error: float  # share of the whole product that an adapter of this rank cannot hold; 0 in the space of factors
 
 
-def entries_in_adapter(run: Path) -> list[Entry]:
-    """The entries of the ledger that RUN_DIR/adapter holds: those of the tasks that are finished.
+def finished_adapters(run: Path) -> list[Path]:
+    """The adapter that each finished task of a run left, in the order of the tasks.
 
     Raises:
-        UserError: where the run has no memory, or no finished task.
+        UserError: where there is none.
     """
-    entries = read_ledger(run / "memory")
-    if not entries:
-        raise UserError(f"{run}: there is no long-term memory; it is kept by strategy=lifealign")
-    finished = len(list((run / "tasks").glob("[0-9]*_*/adapter")))
+    finished = sorted((run / "tasks").glob("[0-9]*_*/adapter"))
     if not finished:
-        raise UserError(f"{run}: no task of this run is finished, so there is no adapter to change")
-    return [entry for entry in entries if entry["task_number"] < finished]
+        raise UserError(f"{run}: no task of this run is finished, so there is no adapter")
+    return finished
 
 
 def edit(run: Path, factors: Mapping[str, float]) -> Edited:
-    """The run's adapter with the updates of some tasks scaled; 0 takes a task back, 1 leaves it as it is.
+    """The adapter after the last finished task with the updates of some tasks scaled; 0 takes a task back, 1 leaves it.
 
     Args:
         factors: by the name of the task.
 
     Raises:
-        UserError: for a task that the adapter does not hold, a factor that is not finite, or memory that is damaged.
+        UserError: for a task that the adapter does not hold, a factor that is not finite or leads to what is not, or memory
+            that is damaged.
     """
-    entries = entries_in_adapter(run)
+    finished = finished_adapters(run)
+    entries = [entry for entry in read_ledger(run / "memory") if entry["task_number"] < len(finished)]
     for task, factor in factors.items():
         if task not in tasks_of(entries):
             raise UserError(f"{task}: no finished task of this name in {run}{did_you_mean(task, tasks_of(entries))}")
         if not math.isfinite(factor):
             raise UserError(f"{task}={factor}: give a number, such as 0.5")
-    held = load_file(run / "adapter" / WEIGHTS)
+    held = load_file(finished[-1] / WEIGHTS)
     chosen = [entry for entry in entries if factors.get(entry["task"], 1.0) != 1.0]
     if not chosen:
-        return Edited(held, 0.0)
+        return Edited(entries, held, 0.0)
     change = _product_change if Space(chosen[0]["space"]) is Space.product else _factor_change
-    return change(run / "memory", held, chosen, factors)
+    changed, truncation_error = change(run / "memory", held, chosen, factors)
+    if not all(torch.isfinite(tensor).all() for tensor in changed.values()):
+        raise UserError(f"{', '.join(f'{task}={factor:g}' for task, factor in factors.items())}: too large for float32")
+    return Edited(entries, changed, truncation_error)
 
 
-def _factor_change(folder: Path, held: Tensors, entries: Sequence[Entry], factors: Mapping[str, float]) -> Edited:
+def _factor_change(
+    folder: Path, held: Tensors, entries: Sequence[Entry], factors: Mapping[str, float]
+) -> tuple[Tensors, float]:
     """In float64, so that nothing but the result is rounded."""
     changed = {name: tensor.double() for name, tensor in held.items()}
     for entry in entries:
         for name, update in read_update(folder, entry).items():
             changed[saved_name(name)] += (factors[entry["task"]] - 1) * update.double()
-    return Edited({name: tensor.to(held[name].dtype) for name, tensor in changed.items()}, 0.0)
+    return {name: tensor.to(held[name].dtype) for name, tensor in changed.items()}, 0.0
 
 
-def _product_change(folder: Path, held: Tensors, entries: Sequence[Entry], factors: Mapping[str, float]) -> Edited:
+def _product_change(
+    folder: Path, held: Tensors, entries: Sequence[Entry], factors: Mapping[str, float]
+) -> tuple[Tensors, float]:
     """Layer by layer the best adapter of the same rank for the changed product."""
     updates = [(factors[entry["task"]] - 1, read_update(folder, entry)) for entry in entries]
     changed, lost, whole = dict(held), 0.0, 0.0
@@ -90,4 +97,4 @@ def _product_change(folder: Path, held: Tensors, entries: Sequence[Entry], facto
         adapter = best_adapter(wanted, a)
         changed[a_name], changed[b_name] = adapter.right.to(a.dtype).contiguous(), adapter.left.to(a.dtype).contiguous()
         lost, whole = lost + wanted.s[len(a) :].square().sum().item(), whole + wanted.s.square().sum().item()
-    return Edited(changed, math.sqrt(lost / whole) if whole else 0.0)
+    return changed, math.sqrt(lost / whole) if whole else 0.0

@@ -66,7 +66,8 @@ def write_factors(model: PeftModel, values: Mapping[str, torch.Tensor], owners: 
                 if owner == distributed.rank():
                     for name, parameter in share:
                         parameter.copy_(values[name])
-                distributed.broadcast_all([p.data for p in parameters], owner)
+                if not partitioned:  # what was gathered is sent out by the rank that changed it
+                    distributed.broadcast_all([p.data for p in parameters], owner)
 
 
 @contextmanager

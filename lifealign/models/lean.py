@@ -250,7 +250,9 @@ def _replace_rotary(modeling: ModuleType) -> list[Callable[[], None]]:
     """
     name = "apply_rotary_pos_emb"
     own = getattr(modeling, name, None)
-    if own is None or hasattr(own, "__wrapped__") or not _rotates_halves(own):
+    if hasattr(own, "__wrapped__"):  # by a model before this one; what it did can be taken back here too
+        return [partial(setattr, modeling, name, own.__wrapped__)]
+    if own is None or not _rotates_halves(own):
         return []
 
     @wraps(own)

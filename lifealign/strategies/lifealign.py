@@ -100,8 +100,11 @@ class LifeAlign(ExperienceReplay):
     def load_state_dict(self, state: State) -> None:
         """History is made anew from the ledger, each rank's share of it, however many ranks wrote it."""
         super().load_state_dict(state)
-        self.bank.load(state.values["memory_entries"])
+        entries = self.bank.load(state.values["memory_entries"])
+        other = next((entry["space"] for entry in entries if entry["space"] != self.space.value), None)
+        if other is not None:
+            raise UserError(f"strategy.space={self.space.value}: the run's memory is of space={other}; go on with that one")
         with distributed.failing_together(ValueError):  # a shard may be damaged that one rank alone reads
-            for entry in self.bank.entries:
+            for entry in entries:
                 if entry["consolidated"]:
                     self.consolidator.remember(read_update(self.bank.folder, entry, self.consolidator.holds))
