@@ -171,7 +171,7 @@ class LifeAlign:
             stage=self._stage([] if online else pairs),
             options=config.preference,
             strategy=config.strategy,
-            context=Context(Run(self.policy, folder, SEED), task, 0, "preference"),
+            context=Context(Run(self.policy, folder, SEED, ""), task, 0, "preference"),
             tracker=stack.enter_context(Tracker(config.tracking, folder, {})),
             pad_token_id=self.pad_token_id,
         )

@@ -17,7 +17,6 @@ from lifealign.memory import Space
 from lifealign.models.adapter import factor_shapes
 from lifealign.models.loading import attach_lora, load_tokenizer, resolve_path
 from lifealign.models.options import BaseDtype
-from lifealign.models.scoring import pair_row
 from lifealign.runtime import distributed
 from lifealign.runtime.terminal import console
 from lifealign.strategies.lifealign import LifeAlign
@@ -90,7 +89,7 @@ def _task_table(tasks: list[Task]) -> Table:
     for name in ("task", "train", "held out", "dropped", "longest row (tokens)"):
         table.add_column(name, justify="left" if name == "task" else "right")
     for task in tasks:
-        longest = max(pair_row(pair).length for pair in [*task.train, *task.test])
+        longest = max(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in [*task.train, *task.test])
         table.add_row(task.name, str(len(task.train)), str(len(task.test)), str(sum(task.dropped.values())), str(longest))
     return table
 

@@ -113,7 +113,7 @@ def one_step(stage_name: str, folder: Path, *overrides: str) -> Tensors:
             stage=stage,
             options=options,
             strategy=Strategy(),
-            context=Context(Run(policy, folder, 0), task, 0, stage_name),
+            context=Context(Run(policy, folder, 0, ""), task, 0, stage_name),
             tracker=tracker,
             pad_token_id=pad_token_id(tokenizer),
         )

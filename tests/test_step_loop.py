@@ -88,7 +88,7 @@ def prepared(folder: Path, *overrides: str, stage: str = "preference", log_every
             stage=SupervisedStage() if stage == "sft" else PreferenceStage(config.objective, reference),
             options=options,
             strategy=Penalised(),
-            context=Context(Run(policy, folder, 0), task, 0, stage),
+            context=Context(Run(policy, folder, 0, ""), task, 0, stage),
             tracker=tracker,
             pad_token_id=pad_token_id(tokenizer),
             log_every=log_every,

@@ -23,7 +23,7 @@ class Run:
     policy: Policy
     folder: Path  # the run directory
     seed: int
-    settings_hash: str = ""  # of the configuration; what a ledger names
+    settings_hash: str  # of the configuration; what a ledger names
 
 
 @dataclass(frozen=True)
