@@ -152,7 +152,7 @@ def damaged(folder: Path) -> dict[str, str]:
     """What each kind of damage to a memory of two ranks says here; the tensor that is damaged is of the second rank."""
     model = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(8, 4, bias=False), "lora_B": torch.nn.Linear(3, 9, bias=False)})
     strategy = LifeAlign()
-    run = Run(SimpleNamespace(model=model), folder, 0)
+    run = Run(SimpleNamespace(model=model), folder, 0, "")
     strategy.setup(run)
     context = Context(run, SimpleNamespace(name="none", data_hash=""), 0, "sft")
     strategy.begin_stage(context)
@@ -346,7 +346,8 @@ def test_the_gradient_of_a_step_is_that_of_one_process(
     assert all(value.abs().max() > 0 for value in expected.values())
     for rank in range(2):
         found = load_file(two / f"{stage}-{name}-{rank}.safetensors")
-        assert relative_error(found, expected) < 1e-6
+        # Partitioned weights are multiplied by another library than whole ones, which rounds otherwise.
+        assert relative_error(found, expected) < 3e-6
 
 
 def test_zero_3_holds_no_weight_of_the_base_whole(two: Path) -> None:

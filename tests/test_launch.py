@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,11 @@ import pytest
 import yaml
 from omegaconf import DictConfig
 from safetensors.torch import load_file
-from support import QUICK, REPOSITORY, command, end_here, environment, launch
+from support import QUICK, REPOSITORY, command, end_here, environment, launch, train_here
 
 from lifealign.command import hydra_command
 from lifealign.config import run_name
+from lifealign.memory.bank import read_ledger
 from lifealign.run import train
 
 TRAIN = str(REPOSITORY / "launch" / "train.py")
@@ -103,8 +105,31 @@ def test_ranks_agree_on_one_run_directory_and_rank_0_alone_writes(side_by_side) 
         check_written_once(run)
         assert run.name.startswith("six_domains-lifealign-fpo-seed0-")
         assert yaml.safe_load((run / "config.yaml").read_text())["sequence"]["tasks"] == ["instruct"]
-        assert len(list((run / "memory" / "000_instruct_sft").iterdir())) == 2  # both ranks were of one group
+        assert len(shards(run, "000_instruct_sft")) == 2  # both ranks were of one group
         assert ended.stdout.count("Scores over all 1 tasks") == 1
+
+
+def shards(run: Path, entry: str) -> list[Path]:
+    return list((run / "memory" / entry).glob("shard-*.safetensors"))
+
+
+def test_memory_is_shared_out_anew_when_a_run_goes_on_with_another_number_of_ranks(side_by_side, tmp_path: Path) -> None:
+    """From two to one, and from one to two: the next task's ledger is that of a run that never changed."""
+    longer = (*SMALLER, "sequence.tasks=[instruct,hc3]", "resume=force", "cache.enabled=false")
+    straight = train_here(tmp_path / "straight", *longer)
+    from_two = Path(shutil.copytree(only_run(side_by_side[0][0]), tmp_path / "from_two"))
+    train_here(from_two, *longer)
+    from_one = train_here(tmp_path / "from_one", *SMALLER)
+    ended = launch(["deepspeed", "--num_gpus", "2"], *longer, f"run.dir={from_one}", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    for run, before, after in ((from_two, 2, 1), (from_one, 1, 2)):
+        assert [len(shards(run, entry["name"])) for entry in read_ledger(run / "memory")] == [before, before, after, after]
+        for entry, expected in zip(read_ledger(run / "memory"), read_ledger(straight / "memory"), strict=True):
+            for record, wanted in zip(entry["factors"], expected["factors"], strict=True):
+                assert record["factor"] == wanted["factor"]
+                assert record["refined_norm"] == pytest.approx(wanted["refined_norm"], rel=1e-3)
+                assert record["history_share"] == pytest.approx(wanted["history_share"], abs=1e-3)
+    assert max(record["history_share"] for record in expected["factors"]) > 0.01  # history took part
 
 
 def test_torchrun(side_by_side, tmp_path: Path) -> None:
