@@ -346,8 +346,8 @@ def test_the_gradient_of_a_step_is_that_of_one_process(
     assert all(value.abs().max() > 0 for value in expected.values())
     for rank in range(2):
         found = load_file(two / f"{stage}-{name}-{rank}.safetensors")
-        # Partitioned weights are multiplied by another library than whole ones, which rounds otherwise.
-        assert relative_error(found, expected) < 3e-6
+        # ZeRO-3 computes layers by transformers' own operations and others by ours: 1.1e-6 of float32 rounding was seen.
+        assert relative_error(found, expected) < (2e-6 if name == "zero-3" else 1e-6)
 
 
 def test_zero_3_holds_no_weight_of_the_base_whole(two: Path) -> None:
