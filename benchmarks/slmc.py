@@ -217,24 +217,31 @@ def ranks(args: argparse.Namespace) -> Part:
     runs: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
     for _ in range(3):
         for world, done in runs.items():
-            done.append(launch(world, args.layers or 4, args.repeats))
+            done.append(launch(world, args.layers or 4, args.stored, args.repeats))
     seconds = {world: median(s for run in done for s in run["seconds"]) for world, done in runs.items()}
     exchange = {world: median(s for run in done for s in run["exchange_seconds"]) for world, done in runs.items()}
     differs = max(abs(a - b) for a, b in zip(runs[1][0]["sample"], runs[2][0]["sample"], strict=True))
-    print(f"all linear layers of {args.layers or 4} layers, rank 64, 12 stored updates; values differ by {differs:.1e}")
+    print(f"all linear layers of {args.layers or 4} layers, rank 64, {args.stored} stored; values differ by {differs:.1e}")
     rows = [[str(world), f"{seconds[world]:.3f}", f"{exchange[world]:.3f}"] for world in runs]
     print(table(["ranks", "seconds", "of it exchange"], rows))
     all_seconds = {world: [run["seconds"] for run in done] for world, done in runs.items()}
-    figures = {"seconds": seconds, "exchange_seconds": exchange, "all_seconds": all_seconds, "values_differ_by": differs}
+    figures = {
+        "stored": args.stored,
+        "seconds": seconds,
+        "exchange_seconds": exchange,
+        "all_seconds": all_seconds,
+        "values_differ_by": differs,
+    }
     return figures, [Claim("two ranks beside one", seconds[1] / seconds[2], 1.7, "x", at_least=True)]
 
 
-def launch(world: int, layers: int, repeats: int) -> dict[str, Any]:
+def launch(world: int, layers: int, stored: int, repeats: int) -> dict[str, Any]:
     """What rank 0 of a group of this size prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, __file__, "rank", "--layers", str(layers), "--repeats", str(repeats)]
+    command = [sys.executable, __file__, "rank", "--layers", str(layers)]
+    command += ["--stored", str(stored), "--repeats", str(repeats)]
     group = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(command, env={**os.environ, **group, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE)
@@ -250,7 +257,7 @@ def one_rank(args: argparse.Namespace) -> None:
     """A measuring process of ``ranks``."""
     distributed.start()
     shapes = factor_shapes(WIDTHS, args.layers, 64)
-    stage = Stage(shapes, 12, in_loop=())
+    stage = Stage(shapes, args.stored, in_loop=())
     parameters = {name: torch.zeros(shape) for name, shape in shapes.items()}
     seconds, exchange = [], []
     for _ in range(1 + args.repeats):
@@ -305,6 +312,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=(*PARTS, "rank"), metavar="|".join(PARTS))
     parser.add_argument("--layers", type=int, help="of the model, in place of the part's own number")
+    parser.add_argument("--stored", type=int, default=12, help="updates before the one that is timed; of `ranks`")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="file for all figures; other parts' entries stay")
     args = parser.parse_args()
