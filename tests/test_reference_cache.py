@@ -90,6 +90,7 @@ def work(folder: Path) -> None:
         counts, logps = loaded.ensure(folder / "cache")
         told[zero] = {"base": base_hash(loaded.policy), "counts": counts, "logps": logps.tolist()}
     (folder / f"rank-{distributed.rank()}.json").write_text(json.dumps(told))
+    distributed.barrier()  # a rank that leaves while another still talks to it may be aborted by gloo
     distributed.stop()
 
 
