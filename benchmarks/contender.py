@@ -158,7 +158,8 @@ class LifeAlign:
             preference=StageOptions(lr=LR, micro_batch_size=PAIRS_A_STEP, max_grad_norm=MAX_GRAD_NORM),
             tracking=TrackingOptions(mode=TrackingMode.disabled),
         )
-        self.pad_token_id = pad_token_id(load_tokenizer(config.model))
+        self.tokenizer = load_tokenizer(config.model)
+        self.pad_token_id = pad_token_id(self.tokenizer)
         self.policy = make_policy(config, [task])
         engine_config = deepspeed_config(config.zero, micro_batch_size=PAIRS_A_STEP, max_grad_norm=MAX_GRAD_NORM)
         constant = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: 1.0)
@@ -171,7 +172,7 @@ class LifeAlign:
             stage=self._stage([] if online else pairs),
             options=config.preference,
             strategy=config.strategy,
-            context=Context(Run(self.policy, folder, SEED, ""), task, 0, "preference"),
+            context=Context(Run(self.policy, folder, SEED, "", self.tokenizer, {}, 8), task, 0, "preference"),
             tracker=stack.enter_context(Tracker(config.tracking, folder, {})),
             pad_token_id=self.pad_token_id,
         )

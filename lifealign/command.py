@@ -139,7 +139,8 @@ def _group_override(argument: str) -> str:
 
 
 def group_names() -> set[str]:
-    return {path.name for path in conf_dir().iterdir() if path.is_dir() and not path.name.startswith("_")}
+    """The groups that a run is composed of; a study is made of runs."""
+    return {path.name for path in conf_dir().iterdir() if path.is_dir() and not path.name.startswith("_")} - {"study"}
 
 
 def check_keys(composed: DictConfig) -> None:

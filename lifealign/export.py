@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lifealign.config import build, load_run
 from lifealign.errors import UserError
+from lifealign.models.adapter import ADDED
 from lifealign.models.loading import load_tokenizer, resolve_path
 from lifealign.runtime.files import replace_folder
 
@@ -25,6 +26,8 @@ def export(run: Path, to: Path, *, merge: bool) -> None:
     adapter = run / "adapter"
     if not adapter.exists():
         raise UserError(f"{run}: no task of this run is finished, so there is no adapter to export")
+    if (adapter / ADDED).exists():
+        raise UserError(f"{run}: strategy={config.strategy.name} trained more than LoRA, which no PEFT adapter can hold")
     if to.exists():
         raise UserError(f"--to {to}: exists already; name a folder that does not")
     beside = to.with_name(to.name + ".partial")

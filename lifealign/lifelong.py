@@ -21,7 +21,7 @@ from lifealign.data.tokenize import Pair
 from lifealign.errors import UserError
 from lifealign.evaluation.evaluate import Evaluator
 from lifealign.evaluation.scores import ScoreBook
-from lifealign.models.adapter import read_factors, save_adapter, write_factors
+from lifealign.models.adapter import read_added, read_factors, save_adapter, write_added, write_factors
 from lifealign.models.loading import attach_lora, enable_gradient_checkpointing, load_base, load_tokenizer, pad_token_id
 from lifealign.models.policy import Policy, choose_head, choose_layout, choose_operations
 from lifealign.models.scoring import ReferenceLogps, pair_row
@@ -43,7 +43,7 @@ PHASES = ("sft", "preference", "commit")
 class Position:
     """The next phase to run."""
 
-    task: int = 0
+    task: int = 0  # of the strategy's plan
     phase: str = PHASES[0]
 
     def advance(self) -> None:
@@ -73,8 +73,20 @@ class Lifelong:
             config.check_batches({task.name: len(task.train) for task in self.tasks}, distributed.world_size())
             self.policy = make_policy(config, self.tasks)
         self.reference = ReferenceLogps(config.cache)
+        self.stages: dict[str, Stage] = {
+            stage.name: stage for stage in (SupervisedStage(), PreferenceStage(config.objective, self.reference))
+        }
         self.strategy = config.strategy
-        self.run_info = Run(self.policy, folder, config.seed, settings_hash(settings))
+        self.plan = self.strategy.plan(self.tasks)
+        self.run_info = Run(
+            policy=self.policy,
+            folder=folder,
+            seed=config.seed,
+            settings_hash=settings_hash(settings),
+            tokenizer=self.tokenizer,
+            stages=self.stages,
+            batch_size=config.evaluation.batch_size,
+        )
         self.strategy.setup(self.run_info)
         self.evaluator = Evaluator(self.policy, self.reference, self.tokenizer, config.evaluation, beta=config.objective.beta)
         self.book = ScoreBook([task.name for task in self.tasks])
@@ -84,29 +96,31 @@ class Lifelong:
     def run(self) -> None:
         """Go on from the newest checkpoint, or start, and run every phase that is left."""
         self._restore()
-        while self.position.task < len(self.tasks):
+        while self.position.task < len(self.plan):
             number, phase = self.position.task, self.position.phase
-            log.info("task %d of %d (%s): %s", number + 1, len(self.tasks), self.tasks[number].name, phase)
+            log.info("task %d of %d (%s): %s", number + 1, len(self.plan), self.plan[number].task.name, phase)
+            if phase == PHASES[0]:
+                self.strategy.begin_task(self._context(number))
             if phase == "commit":
                 self._commit(number)
             else:
-                self._train(number, self._stage(phase))
+                self._train(number, self.stages[phase])
             self.position.advance()
             with self._timed("saving"):
                 self._save()
 
     # Training
 
-    def _stage(self, phase: str) -> Stage:
-        return SupervisedStage() if phase == "sft" else PreferenceStage(self.config.objective, self.reference)
+    def _context(self, number: int, stage: str = "") -> Context:
+        return Context(self.run_info, self.plan[number].task, number, stage)
 
     def _train(self, number: int, stage: Stage) -> None:
         """One stage of a task: a fresh engine, its steps, and what the strategy makes of the update."""
         options: StageOptions = getattr(self.config, stage.name)
         if options.epochs == 0:
             return
-        context = Context(self.run_info, self.tasks[number], number, stage.name)
-        pairs = self.strategy.train_data(context, self.tasks[number].train)
+        context = self._context(number, stage.name)
+        pairs = self.strategy.train_data(context, context.task.train)
         self.strategy.begin_stage(context)
         torch.manual_seed(context.generator("dropout").initial_seed() % 2**32 + distributed.rank())
         accumulation = options.accumulation(stage.name, distributed.world_size())
@@ -133,12 +147,23 @@ class Lifelong:
                 pad_token_id=pad_token_id(self.tokenizer),
                 log_every=self.config.tracking.log_every,
                 steps_before=self.steps,
+                between_steps=partial(self._probe, engine, context),
             )
             with self._timed(stage.name):
                 self.steps += trainer.train(pairs)
         with self._timed("consolidation"):
             for record in self.strategy.end_stage(context):
                 self.tracker.log("consolidation", {"task": context.task.name, "stage": stage.name, **record})
+
+    def _probe(self, engine: torch.nn.Module, context: Context, steps: int) -> None:
+        """Every few steps, look at how the tasks fare that were learned before this one (the stability gap)."""
+        every = self.config.evaluation.probe_every
+        if every is None or steps % every:
+            return
+        learned = {number for earlier in self.plan[: context.task_number] for number in earlier.scored}
+        for task in (self.tasks[number] for number in sorted(learned)):
+            where = {"step": self.steps + steps, "task": context.task.name, "stage": context.stage, "on": task.name}
+            self.tracker.log("probe", {**where, **self.evaluator.probe(engine, task)})
 
     def _ensure_reference(self, engine: torch.nn.Module, pairs: Sequence[Pair], task: Task) -> None:
         counts = self.reference.ensure(
@@ -154,25 +179,27 @@ class Lifelong:
 
     def _commit(self, number: int) -> None:
         """Close a task: the strategy's end of task, scores on what was seen, and the task's folder."""
-        task = self.tasks[number]
-        self.strategy.end_task(Context(self.run_info, task, number, ""))
-        scored = self.tasks if self.config.evaluation.forward else self.tasks[: number + 1]
+        experience = self.plan[number]
+        task = experience.task
+        self.strategy.end_task(self._context(number))
+        scored = range(len(self.tasks)) if self.config.evaluation.forward else experience.scored
         predictions: list[dict[str, Any]] = []
         scores: dict[str, dict[str, float]] = {}
         with self._timed("evaluation"), inference_engine(self.policy, self.config.zero) as module:
-            for other, on in enumerate(scored):
+            for other in scored:
+                on = self.tasks[other]
                 result = self.evaluator.evaluate(module, on)
                 scores[on.name] = result.scores
                 predictions += [{"task": on.name, **row} for row in result.predictions]
                 for metric, value in result.scores.items():
-                    self.book.record(metric, number, other, value)
+                    self.book.record_rows(metric, experience.rows, other, value)
                 where = {"after": task.name, "on": on.name}
                 self.tracker.log("reference", {**where, **result.reference._asdict()})
                 self.tracker.log("evaluation", {**where, **result.scores})
         left = self.folder / "tasks" / f"{number + 1:02d}_{task.name}"
         with self._timed("saving"):
-            save_adapter(self.policy.model, left / "adapter")
-            save_adapter(self.policy.model, self.folder / "adapter")
+            save_adapter(self.policy, left / "adapter")
+            save_adapter(self.policy, self.folder / "adapter")
             if distributed.is_main():
                 write_json_lines(left / "predictions.jsonl", predictions)
                 write_json(left / "scores.json", {"after": task.name, "scores": scores})
@@ -188,6 +215,7 @@ class Lifelong:
         """Write a checkpoint of everything that the phases to come depend on."""
         strategy = self.strategy.state_dict()
         tensors = {f"adapter/{k}": v for k, v in read_factors(self.policy.model).items()}
+        tensors |= {f"added/{k}": v for k, v in read_added(self.policy).items()}
         tensors |= {f"reference/{k}": v for k, v in self.reference.state_dict().items()}
         tensors |= {f"strategy/{k}": v for k, v in strategy.tensors.items()}
         if distributed.is_main():
@@ -218,6 +246,7 @@ class Lifelong:
         self.book = self._extended(ScoreBook.from_json(state["scores"]))
         self.timing.update(state["timing"])
         write_factors(self.policy.model, parts["adapter"], dict.fromkeys(parts["adapter"], 0))
+        write_added(self.policy, parts["added"])
         self.reference.load_state_dict(parts["reference"])
         self.strategy.load_state_dict(State(state["strategy"], parts["strategy"]))
         self.tracker.rewind(state["metrics_bytes"])
@@ -250,9 +279,10 @@ class Lifelong:
 def make_policy(config: Config, tasks: Sequence[Task]) -> Policy:
     """Load the base, attach a fresh adapter, and choose how rows are laid out."""
     base = load_base(config.model, deepspeed_config(config.zero))
-    model = attach_lora(base, config.model.lora, seed=config.seed)
+    model = attach_lora(base, config.strategy.lora(config.model.lora, len(tasks)), seed=config.seed)
     policy = Policy(model)
-    longest = max(pair_row(pair).length for task in tasks for pair in [*task.train, *task.test])
+    config.strategy.setup_model(policy, config.seed)
+    longest = max(policy.prefixed(pair_row(pair)).length for task in tasks for pair in [*task.train, *task.test])
     with inference_engine(policy, config.zero) as module:
         module.eval()
         choose_head(policy, distributed.device())

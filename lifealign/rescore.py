@@ -44,7 +44,7 @@ class Scorer:
 
     def score(self, adapter: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task, Evaluation]]:
         """Scores and predictions of an adapter's folder on each task."""
-        load_adapter(self.policy.model, adapter)
+        load_adapter(self.policy, adapter)
         with inference_engine(self.policy, self.config.zero) as module:
             for task in tasks:
                 yield task, self._evaluator.evaluate(module, task)
@@ -58,16 +58,14 @@ def rescore(folder: Path, overrides: Sequence[str]) -> ScoreBook:
     """
     scorer = Scorer(folder, overrides)
     config, tasks = scorer.config, scorer.tasks
-    finished = finished_adapters(folder)
     book = ScoreBook([task.name for task in tasks])
-    for number, adapter in enumerate(finished):
+    for adapter, experience in zip(finished_adapters(folder), config.strategy.plan(tasks), strict=False):
+        scored = range(len(tasks)) if config.evaluation.forward else experience.scored
         predictions = []
-        for other, (task, result) in enumerate(
-            scorer.score(adapter, tasks if config.evaluation.forward else tasks[: number + 1])
-        ):
+        for on, (task, result) in zip(scored, scorer.score(adapter, [tasks[i] for i in scored]), strict=True):
             predictions += [{"task": task.name, **row} for row in result.predictions]
             for metric, value in result.scores.items():
-                book.record(metric, number, other, value)
+                book.record_rows(metric, experience.rows, on, value)
         if distributed.is_main():
             write_json_lines(folder / "rescored" / f"{adapter.parent.name}.predictions.jsonl", predictions)
     if distributed.is_main():

@@ -20,11 +20,12 @@ from lifealign.config import Config, build, differences, resolved, run_name
 from lifealign.errors import UserError
 from lifealign.evaluation.report import Sample, write_report
 from lifealign.evaluation.scores import closing_table
+from lifealign.evaluation.stability import stability
 from lifealign.lifelong import Lifelong
 from lifealign.memory.bank import read_ledger
 from lifealign.memory.contributions import summarise
 from lifealign.runtime import checkpoint, distributed
-from lifealign.runtime.files import read_json_lines, write_text
+from lifealign.runtime.files import read_json_lines, write_json, write_text
 from lifealign.runtime.options import Resume
 from lifealign.runtime.terminal import console, log_file
 from lifealign.runtime.tracking import Tracker
@@ -114,7 +115,10 @@ def log_data(lifelong: Lifelong) -> None:
 
 
 def report(lifelong: Lifelong, settings: Mapping[str, Any]) -> None:
-    """Write ``report/`` from what the run left on disk."""
+    """Write ``report/`` from what the run left on disk, and ``stability.json`` where old tasks were probed."""
+    probes = [row for row in read_json_lines(lifelong.folder / "metrics.jsonl") if row["kind"] == "probe"]
+    if probes:
+        write_json(lifelong.folder / "stability.json", stability(probes))
     write_report(
         lifelong.folder / "report",
         lifelong.book,
@@ -124,20 +128,24 @@ def report(lifelong: Lifelong, settings: Mapping[str, Any]) -> None:
         samples=samples(lifelong.folder),
         consolidation=consolidation_summary(lifelong.folder),
         versions=versions(),
+        probes=probes,
     )
 
 
 def samples(folder: Path, per_task: int = 2) -> list[Sample]:
-    """A few generations of each task: after its own training, and after all of it."""
-    answers: dict[tuple[str, str], list[Sample]] = defaultdict(list)
-    order: list[str] = []
+    """A few generations of each task: after its own training, or the first that scored it, and after all of it."""
+    answers: dict[str, dict[str, list[Sample]]] = defaultdict(lambda: defaultdict(list))
     for left in sorted((folder / "tasks").iterdir()):
         after = left.name.split("_", 1)[1]
-        order.append(after)
         for row in read_json_lines(left / "predictions.jsonl"):
-            if "prediction" in row and len(answers[row["task"], after]) < per_task:
-                answers[row["task"], after].append(Sample(row["task"], after, row["prompt"], row["prediction"], row["chosen"]))
-    return [s for task in order for after in dict.fromkeys([task, order[-1]]) for s in answers[task, after]]
+            held = answers[row["task"]][after]
+            if "prediction" in row and len(held) < per_task:
+                held.append(Sample(row["task"], after, row["prompt"], row["prediction"], row["chosen"]))
+    chosen = []
+    for task, by_after in answers.items():
+        own, last = task if task in by_after else next(iter(by_after)), list(by_after)[-1]
+        chosen += [sample for after in dict.fromkeys([own, last]) for sample in by_after[after]]
+    return chosen
 
 
 def consolidation_summary(folder: Path) -> list[dict[str, Any]]:

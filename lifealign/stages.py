@@ -71,7 +71,7 @@ class StageOptions:
 class Outcome(NamedTuple):
     """What a stage makes of a micro-batch."""
 
-    loss: torch.Tensor  # scalar, summed over what the loss is a mean of; differentiable
+    losses: torch.Tensor  # (pairs,) each summed over what the loss is a mean of; differentiable
     figures: dict[str, torch.Tensor]  # (pairs,) each, detached; their means over pairs are logged
 
 
@@ -100,7 +100,7 @@ class SupervisedStage:
         return len(pair.chosen)
 
     def outcome(self, logps: torch.Tensor, pairs: Sequence[Pair]) -> Outcome:
-        return Outcome(-logps.sum(), {})
+        return Outcome(-logps, {})
 
 
 class PreferenceStage:
@@ -118,10 +118,12 @@ class PreferenceStage:
         return 1
 
     def outcome(self, logps: torch.Tensor, pairs: Sequence[Pair]) -> Outcome:
-        result = self.objective(logps.view(-1, 2), self.reference.of(pairs).to(logps.device, non_blocking=True))
+        lengths = torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in pairs])
+        reference, lengths = (t.to(logps.device, non_blocking=True) for t in (self.reference.of(pairs), lengths))
+        result = self.objective(logps.view(-1, 2), reference, lengths)
         margins = result.chosen_rewards - result.rejected_rewards
         return Outcome(
-            result.losses.sum(),
+            result.losses,
             {
                 "accuracy": (margins > 0).float(),
                 "margin": margins,

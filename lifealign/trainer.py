@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ from lifealign.data.batch import Batch, Extent, Row, collate, extent
 from lifealign.data.tokenize import Pair
 from lifealign.errors import TrainingDiverged
 from lifealign.runtime import distributed
-from lifealign.runtime.engine import step
+from lifealign.runtime.engine import read_gradients, step, write_gradients
 from lifealign.runtime.terminal import step_progress
 from lifealign.runtime.tracking import Tracker
 from lifealign.stages import Outcome, Stage, StageOptions
-from lifealign.strategies import Context, Strategy
+from lifealign.strategies import Context, Seen, Strategy
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ class Trainer:
     pad_token_id: int
     log_every: int = 1
     steps_before: int = 0  # optimiser steps of the run before this stage, for the logged step number
+    between_steps: Callable[[int], None] | None = None  # called with the steps taken so far, from 0 on; every rank calls it
 
     def __post_init__(self) -> None:
         self._taken = 0  # steps of this stage
@@ -100,7 +101,7 @@ class Trainer:
             TrainingDiverged: a loss, a gradient norm or a logged figure is not finite; the same on every rank.
         """
         batch_size = self.options.global_batch(self.stage.name, distributed.world_size())
-        rows = [self.stage.row(p) for p in pairs]
+        rows = [self._row(p) for p in pairs]
         plan = plan_batches([r.length for r in rows], batch_size, self.options.epochs, self.context.generator("batches"))
         self._tell_extent(rows, plan, batch_size)
         batches = ([pairs[i] for i in indices] for indices in plan)
@@ -112,6 +113,8 @@ class Trainer:
         ):
             started = time.perf_counter()
             for number, batch in enumerate(collated):
+                if self.between_steps is not None:
+                    self.between_steps(number)
                 log_it = number % self.log_every == 0 or number + 1 == len(plan)
                 loss = self.step(batch, steps=len(plan) if log_it else None)
                 seconds = time.perf_counter() - started
@@ -131,6 +134,10 @@ class Trainer:
             f"{self.stage.name}: {whole.tokens:,} tokens in {len(plan):,} batches of {batch_size} pairs, "
             f"rows {layout.value}, {whole.positions:,} positions computed, {100 * whole.padding:.1f} % padding"
         )
+
+    def _row(self, pair: Pair) -> Row:
+        """What the policy reads of a pair in this stage."""
+        return self.engine.module.prefixed(self.stage.row(pair))
 
     def _collated(self, batches: Iterable[Sequence[Pair]]) -> Generator[StepBatch, None, None]:
         """The batches in order; a second thread collates each while the step before it is taken, and none earlier."""
@@ -156,10 +163,10 @@ class Trainer:
             share = batch[start : start + micro]
             # A share without pairs still runs, with a loss of 0: the other ranks wait in the same collectives.
             pairs = share or batch[:1]
-            rows = collate([self.stage.row(p) for p in pairs], layout=layout, pad_token_id=self.pad_token_id)
+            rows = collate([self._row(p) for p in pairs], layout=layout, pad_token_id=self.pad_token_id)
             micro_batches.append(MicroBatch(pairs, rows, counted=len(share)))
         size = sum(self.stage.size(p) for p in batch)
-        tokens = extent([self.stage.row(p) for p in batch], layout).tokens
+        tokens = extent([self._row(p) for p in batch], layout).tokens
         return StepBatch(micro_batches, size, len(batch), tokens)
 
     def step(self, batch: StepBatch, *, steps: int | None = None) -> float:
@@ -178,6 +185,7 @@ class Trainer:
             if turn == len(batch.micro_batches):
                 loss, *sums = self._fetch(torch.stack(own_losses).sum(), *(self._window.sums() if steps is not None else ()))
                 self._check_finite({"loss": loss}, self._taken + 1)
+                self._transform_gradients()
             norm = step(self.engine)
         assert norm is not None, "the last micro-batch of a step ends it"
         self._taken, self._norm = self._taken + 1, norm
@@ -193,12 +201,28 @@ class Trainer:
         rows = micro_batch.rows.to(distributed.device())
         logps = self.engine(rows)
         outcome = self.stage.outcome(logps, micro_batch.pairs)
-        own_loss = outcome.loss / batch.size * (1 if micro_batch.counted else 0)
-        terms = self.strategy.loss_terms(self.context, rows, logps)
+        seen = Seen(micro_batch.pairs, rows, logps, outcome.losses)
+        own_loss, terms = self._loss(seen, micro_batch, batch)
         self.engine.backward(own_loss * upscale + sum(terms.values()))
         shares = {name: value.detach().double() / upscale for name, value in terms.items()}
         self._window.add(shares, outcome, micro_batch.counted)
         return own_loss.detach().double() + sum(shares.values())
+
+    def _loss(self, seen: Seen, micro_batch: MicroBatch, batch: StepBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """A micro-batch's part of the stage's loss, and the strategy's terms on the scale of the whole loss."""
+        weights = self.strategy.pair_weights(self.context, seen)
+        losses = seen.losses if weights is None else seen.losses * weights
+        counts = 1 if micro_batch.counted else 0
+        upscale = distributed.world_size() * len(batch.micro_batches)
+        of_pairs = self.strategy.pair_terms(self.context, seen)
+        terms = {name: values.sum() / batch.pairs * counts * upscale for name, values in of_pairs.items()}
+        return losses.sum() / batch.size * counts, {**terms, **self.strategy.loss_terms(self.context)}
+
+    def _transform_gradients(self) -> None:
+        """Let the strategy change the whole averaged gradient of a step, where it has anything to change."""
+        if self.strategy.transforms_gradients:
+            changed = self.strategy.transform_gradients(self.context, read_gradients(self.engine))
+            write_gradients(self.engine, changed)
 
     def _fetch(self, *values: torch.Tensor) -> list[float]:
         """Sums over ranks of scalars, as numbers: one exchange, and the one host synchronisation of a step.

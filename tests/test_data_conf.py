@@ -45,6 +45,23 @@ def test_sequences(name: str, order: list[int]) -> None:
     assert all(source.hub and source.hub.path and source.domain for source in sequence.sources.values())
 
 
+def test_recurring_meets_three_domains_twice_with_other_rows() -> None:
+    sequence = composed("+sequence=recurring").sequence
+    first = ["instruct", "hc3", "hh_harmless"]
+    assert (sequence.name, sequence.tasks) == ("recurring", [*first, *(f"{task}_again" for task in first)])
+    for task in first:
+        again = sequence.sources[f"{task}_again"]
+        assert (sequence.sources[task].of, sequence.sources[task].part) == (None, [0.0, 0.5])
+        assert (again.of, again.part, again.hub) == (task, [0.5, 1.0], None)
+
+
+def test_cross_domain_has_one_task_of_a_source() -> None:
+    sequence = composed("+sequence=cross_domain").sequence
+    assert (sequence.name, sequence.tasks) == ("cross_domain", ["instruct", "truthfulqa", "hc3", "hh_harmless"])
+    hubs = [sequence.sources[task].hub for task in sequence.tasks]
+    assert len({hub.path for hub in hubs if hub}) == 4
+
+
 def test_a_part_of_a_sequence() -> None:
     assert composed("+sequence=six_domains", "sequence.tasks=[hc3]").sequence.tasks == ["hc3"]
 

@@ -141,6 +141,23 @@ def test_role_prefix_on_most_responses_goes_everywhere() -> None:
     assert texts == [("a", "b"), ("c", "d"), ("e", "f"), ("Note: g", "h")]
 
 
+def test_with_the_usual_prefix_those_of_other_roles_go_too() -> None:
+    """As in hh-rlhf: a few answers begin `Assistant: Human:` or `Human:`. A colon behind another word is text."""
+    rows = [
+        {"prompt": "q", "chosen": "Assistant: Human: a", "rejected": "Assistant: b"},
+        {"prompt": "q", "chosen": "Human: c", "rejected": "Assistant: Humans: d"},
+        {"prompt": "q", "chosen": "Assistant: The user: e", "rejected": "AI: Assistant: user : f"},
+    ]
+    texts = [(p.chosen, p.rejected) for p in preferences(*rows)]
+    assert texts == [("a", "b"), ("c", "Humans: d"), ("The user: e", "f")]
+
+
+def test_a_usual_prefix_of_another_role_stays() -> None:
+    """Only the assistant's name in front of most answers means that prefixes are no part of them."""
+    rows = [{"prompt": "q", "chosen": "Human: a", "rejected": "Human: b"}] * 2
+    assert {(p.chosen, p.rejected) for p in preferences(*rows)} == {("Human: a", "Human: b")}
+
+
 def test_role_prefix_on_half_of_the_responses_stays() -> None:
     rows = [{"prompt": "q", "chosen": "Assistant: a", "rejected": "b"}] * 3
     assert {(p.chosen, p.rejected) for p in preferences(*rows)} == {("Assistant: a", "b")}

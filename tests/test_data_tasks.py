@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lifealign.data.options import Columns, DataOptions, HubSource, SequenceOptions, TaskSource
 from lifealign.data.tasks import Task, load_tasks
-from lifealign.data.tokenize import PairTokenizer
+from lifealign.data.tokenize import Pair, PairTokenizer
 from lifealign.errors import UserError
 
 WORDS = [
@@ -200,7 +200,7 @@ def test_rows_from_the_hub_use_its_columns(
     "tasks, options, message",
     [
         ([], {}, "sequence.tasks is empty"),
-        (["sky", "sky"], {}, "sequence.tasks names 'sky' twice"),
+        (["sky", "sky"], {}, "sequence.tasks names 'sky' twice; to meet it again, name 'sky_again' and say"),
         (["skye"], {}, "sequence.tasks: unknown task 'skye'; did you mean 'sky'?"),
         (["sky"], {"hub": True, "root": None}, "sequence.sources.sky.hub names no data set"),
         (["sky"], {"hub": True}, "exclude each other"),
@@ -222,6 +222,149 @@ def test_mistakes_in_options_are_one_line(
     with pytest.raises(UserError) as caught:
         load_tasks(given, DataOptions(**{"root": str(tmp_path), **options}), tokenizer, tmp_path)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+# A task that is met again
+
+
+def numbered(count: int) -> list[dict[str, Any]]:
+    return [row(prompt=f"the sky {n}") for n in range(count)]
+
+
+def numbers(pairs: list[Pair]) -> list[int]:
+    return [int(pair.id.rpartition("/")[2]) for pair in pairs]
+
+
+def test_parts_of_one_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Row 1 of 6 is not usable. The halves of the other five are the first round(2.5) = 2 and the last 3; thirds 2, 1, 2.
+
+    The columns are those of the task whose rows they are, the ids are their own, and the held-out rows are whole in both.
+    """
+    rows = [{"q": r["prompt"], "chosen": r["chosen"], "rejected": r["rejected"]} for r in numbered(6)]
+    rows[1]["rejected"] = rows[1]["chosen"]
+    write(tmp_path, "sky", rows)
+    columns = Columns(prompt="q")
+    for parts, expected in (
+        ([[0.0, 0.5], [0.5, 1.0]], [[0, 2], [3, 4, 5]]),
+        ([[0.0, 1 / 3], [1 / 3, 2 / 3], [2 / 3, 1.0]], [[0, 2], [3], [4, 5]]),
+    ):
+        sources = {f"part{n}": TaskSource(of="sky", part=part) for n, part in enumerate(parts)}
+        options = sequence(*sources, sky=TaskSource(columns=columns), **sources)
+        for given in (options, OmegaConf.structured(options)):
+            tasks = load_tasks(given, DataOptions(root=str(tmp_path)), tokenizer, tmp_path)
+            assert [numbers(task.train) for task in tasks] == expected
+            assert [numbers(task.test) for task in tasks] == [[0, 2, 3, 4, 5]] * len(parts)
+            assert [task.train[0].id.split("/")[0] for task in tasks] == list(sources)
+            assert len({task.data_hash for task in tasks}) == len(parts)
+
+
+def test_max_train_counts_from_the_beginning_of_the_part(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    write(tmp_path, "sky", numbered(6))
+    options = sequence("again", again=TaskSource(of="sky", part=[0.5, 1.0]))
+    (task,) = load_tasks(options, DataOptions(root=str(tmp_path), max_train=2), tokenizer, tmp_path)
+    assert numbers(task.train) == [3, 4]
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ({"part": [0.5]}, "sequence.sources.b.part=[0.5]: must be [from, to] with 0 <= from < to <= 1"),
+        ({"part": [0.5, 0.5]}, "sequence.sources.b.part=[0.5, 0.5]: must be"),
+        ({"part": [0.0, 1.1]}, "sequence.sources.b.part=[0.0, 1.1]: must be"),
+        ({"part": [0.0, float("nan")]}, "sequence.sources.b.part=[0.0, nan]: must be"),
+        ({"part": [0.0, 0.01]}, "sequence.sources.b.part=[0.0, 0.01]: none of the 4 usable rows of"),
+        ({"of": "skyy"}, "sequence.sources.b.of=skyy: no other task; did you mean 'sky'?"),
+        ({"of": "b"}, "sequence.sources.b.of=b: no other task"),
+        ({"of": "again"}, "sequence.sources.b.of=again: that one has no rows of its own; say of=sky"),
+        ({"of": "sky", "columns": Columns(prompt="q")}, "sequence.sources.b: columns and hub are those of 'sky'"),
+        ({"of": "sky", "hub": HubSource("x")}, "sequence.sources.b: columns and hub are those of 'sky'"),
+    ],
+)
+def test_mistakes_in_parts_are_one_line(tmp_path: Path, tokenizer: Any, source: dict[str, Any], message: str) -> None:
+    write(tmp_path, "sky", numbered(4))
+    write(tmp_path, "b", numbered(4))
+    options = sequence("b", b=TaskSource(**source), again=TaskSource(of="sky"))
+    for given in (options, OmegaConf.structured(options)):
+        with pytest.raises(UserError) as caught:
+            load_tasks(given, DataOptions(root=str(tmp_path)), tokenizer, tmp_path)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+# The tuning slice
+
+
+def tuned(root: Path, tokenizer: Any, options: SequenceOptions, **data: Any) -> dict[str, tuple[list[int], list[str]]]:
+    """Of each task: numbers of the training rows, and ids of the held-out ones."""
+    tasks = load_tasks(options, DataOptions(root=str(root), **data), tokenizer, root)
+    return {task.name: (numbers(task.train), [pair.id for pair in task.test]) for task in tasks}
+
+
+def test_the_slice_stands_behind_the_training_pairs(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Rows 0 to 7, of which 1 (equal) and 4 (equal once cut to two words and the end) are not usable: 0 2 3 5 6 7.
+
+    Two set aside of all: 6 and 7. With max_train = 3, of the first five the last two: 5 and 6, and 0 2 3 are trained on, as
+    without a slice. With max_train = 5 all six are looked at, so 6 and 7 go and four pairs stay.
+    """
+    rows = numbered(8)
+    rows[1]["rejected"] = rows[1]["chosen"]
+    rows[4].update(chosen="very very blue", rejected="very very black")
+    write(tmp_path, "sky", rows, "train")
+    write(tmp_path, "sky", numbered(2), "test")
+    held_out = ["sky/test/0", "sky/test/1"]
+    for max_train, trained, aside in ((None, [0, 2, 3, 5], [6, 7]), (3, [0, 2, 3], [5, 6]), (5, [0, 2, 3, 5], [6, 7])):
+        options: dict[str, Any] = {"max_train": max_train, "max_response_tokens": 3, "tuning_pairs": 2}
+        assert tuned(tmp_path, tokenizer, sequence("sky"), **options) == {"sky": (trained, held_out)}
+        ids = [f"sky/train/{number}" for number in aside]
+        assert tuned(tmp_path, tokenizer, sequence("sky"), **options, tuning=True) == {"sky": (trained, ids)}
+    with pytest.raises(UserError, match=r"data\.tuning_pairs=6: task 'sky' has 6 usable training pairs, which leaves none"):
+        tuned(tmp_path, tokenizer, sequence("sky"), max_response_tokens=3, tuning_pairs=6)
+
+
+def test_only_the_named_task_gives_pairs_away(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The first task where none is named. The others are as without a slice, held-out pairs included."""
+    for task in ("a", "b"):
+        write(tmp_path, task, numbered(3))
+    everything = {task: ([0, 1, 2], [f"{task}/test/{n}" for n in range(3)]) for task in ("a", "b")}
+    both = sequence("a", "b")
+    assert tuned(tmp_path, tokenizer, both) == everything
+    first = tuned(tmp_path, tokenizer, both, tuning_pairs=1, tuning=True)
+    assert first == {**everything, "a": ([0, 1], ["a/train/2"])}
+    second = tuned(tmp_path, tokenizer, both, tuning_pairs=1, tuning=True, tuning_task="b")
+    assert second == {**everything, "b": ([0, 1], ["b/train/2"])}
+    with pytest.raises(UserError, match=r"data\.tuning_task=sky: no task of this sequence; known: a, b$"):
+        tuned(tmp_path, tokenizer, both, tuning_pairs=1, tuning_task="sky")
+
+
+def test_a_slice_is_trained_on_under_no_name(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Rows 3 and 4 of 5 are set aside from `sky`, and from `again`, which reads the same file; `sea` keeps its own 3 and 4."""
+    write(tmp_path, "sky", numbered(5))
+    write(tmp_path, "sea", numbered(5))
+    options = sequence("again", "sky", "sea", again=TaskSource(of="sky", part=[0.5, 1.0]))
+    found = tuned(tmp_path, tokenizer, options, tuning_pairs=2, tuning_task="sky")
+    assert {task: trained for task, (trained, _) in found.items()} == {"again": [2], "sky": [0, 1, 2], "sea": [0, 1, 2, 3, 4]}
+    with pytest.raises(UserError, match=r"data\.tuning_pairs=3: no training row of task 'again' is left; give fewer"):
+        tuned(tmp_path, tokenizer, options, tuning_pairs=3, tuning_task="sky")
+
+
+def test_hash_follows_the_slice(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Three rows, the last set aside: the hash of the first two, whatever the third says, unless it is what is scored on."""
+    rows = numbered(3)
+    other = [*rows[:2], row(prompt="a")]
+
+    def hash_of(given: list[dict[str, Any]], **options: Any) -> str:
+        write(tmp_path, "sky", given, "train")
+        (task,) = load_tasks(sequence("sky"), DataOptions(root=str(tmp_path), **options), tokenizer, tmp_path)
+        return task.data_hash
+
+    write(tmp_path, "sky", rows, "test")
+    assert hash_of(rows, tuning_pairs=1) == hash_of(other, tuning_pairs=1) == hash_of(rows[:2])
+    scored = {"tuning_pairs": 1, "tuning": True}
+    assert len({hash_of(rows, **scored), hash_of(other, **scored), hash_of(rows, tuning_pairs=1), hash_of(rows)}) == 4
+
+
+def test_a_slice_to_score_on_needs_pairs() -> None:
+    with pytest.raises(UserError, match=r"^data\.tuning=true, but data\.tuning_pairs=0 sets no pairs aside"):
+        DataOptions(tuning=True)
 
 
 def test_relative_roots_start_at_the_current_directory(tmp_path: Path, tokenizer: Any, monkeypatch: Any) -> None:
@@ -251,7 +394,9 @@ def test_tokenizers_that_cannot_do(tokenizer: PreTrainedTokenizerFast, tmp_path:
         PairTokenizer(tokenizer, 8, 8)
 
 
-@pytest.mark.parametrize("option", [{"max_train": 0}, {"max_eval": -1}, {"max_response_tokens": 0}, {"max_empty": 1.5}])
+@pytest.mark.parametrize(
+    "option", [{"max_train": 0}, {"max_eval": -1}, {"max_response_tokens": 0}, {"max_empty": 1.5}, {"tuning_pairs": -1}]
+)
 def test_an_option_out_of_range_is_refused_by_its_key(option: dict[str, float]) -> None:
     (key,) = option
     with pytest.raises(UserError, match=rf"^data\.{key}="):

@@ -113,7 +113,7 @@ def one_step(stage_name: str, folder: Path, *overrides: str) -> Tensors:
             stage=stage,
             options=options,
             strategy=Strategy(),
-            context=Context(Run(policy, folder, 0, ""), task, 0, stage_name),
+            context=Context(Run(policy, folder, 0, "", tokenizer, {}, 8), task, 0, stage_name),
             tracker=tracker,
             pad_token_id=pad_token_id(tokenizer),
         )
@@ -152,7 +152,7 @@ def damaged(folder: Path) -> dict[str, str]:
     """What each kind of damage to a memory of two ranks says here; the tensor that is damaged is of the second rank."""
     model = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(8, 4, bias=False), "lora_B": torch.nn.Linear(3, 9, bias=False)})
     strategy = LifeAlign()
-    run = Run(SimpleNamespace(model=model), folder, 0, "")
+    run = Run(SimpleNamespace(model=model), folder, 0, "", None, {}, 8)
     strategy.setup(run)
     context = Context(run, SimpleNamespace(name="none", data_hash=""), 0, "sft")
     strategy.begin_stage(context)

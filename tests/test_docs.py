@@ -8,8 +8,11 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from functools import partial
+from contextlib import suppress
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
+from typing import Any
 
 import pytest
 import support
@@ -19,11 +22,11 @@ from omegaconf import OmegaConf
 from support import REPOSITORY, compose_config
 
 from lifealign.command import all_keys, check_keys, conf_dir, group_names
-from lifealign.config import build
+from lifealign.config import COMPONENTS, build
 from lifealign.data.options import Columns, HubSource, SequenceOptions, TaskSource
 
 PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")])
-PRESETS = sorted(f"{path.parent.name}={path.stem}" for path in conf_dir().glob("*/*.yaml"))
+PRESETS = sorted(f"{group}={path.stem}" for group in group_names() for path in (conf_dir() / group).glob("*.yaml"))
 
 
 def fenced(page: Path, language: str) -> list[str]:
@@ -64,18 +67,25 @@ def test_every_section_of_the_schema_is_on_the_page() -> None:
     assert [key for key in sorted(all_keys()) if key not in text] == []
 
 
+def first_value(key: str, compositions: list[Any]) -> Any:
+    for values in compositions:
+        with suppress(KeyError):
+            return reduce(getitem, key.split("."), values)
+    raise AssertionError(f"no preset has {key}")
+
+
 def test_defaults_are_those_of_a_run_without_overrides() -> None:
-    composed = compose_config("+sequence=six_domains")
-    values = OmegaConf.to_container(composed, enum_to_str=True)
+    """Of an option that the default components lack, the default is that of the first preset that has it."""
+    presets = [f"{group}={path.stem}" for group in COMPONENTS for path in sorted((conf_dir() / group).glob("*.yaml"))]
+    composed = [compose_config("+sequence=six_domains", *overrides) for overrides in ([], *([name] for name in presets))]
+    compositions = [OmegaConf.to_container(config, enum_to_str=True) for config in composed]
     wrong = []
     for keys, default in documented():
         if keys[0].startswith("sequence."):  # the chosen sequence gives these
             continue
         written = re.findall(r"`([^`]*)`", default)  # one for all keys of the row, or one for each
         for key, text in zip(keys, written * len(keys) if len(written) == 1 else written, strict=True):
-            value = values
-            for part in key.split("."):
-                value = value[part]
+            value = first_value(key, compositions)
             if yaml.safe_load(text) != value:
                 wrong.append(f"{key}: the page says {text}, a run gets {value}")
     assert wrong == []

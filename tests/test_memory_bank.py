@@ -317,7 +317,7 @@ class Journey:
 
     def __init__(self, folder: Path, **options: Any) -> None:
         self.model, self.strategy = Toy(), LifeAlign(**options)
-        self.run = Run(SimpleNamespace(model=self.model), folder, 0, "configuration")  # type: ignore[arg-type]
+        self.run = Run(SimpleNamespace(model=self.model), folder, 0, "configuration", None, {}, 8)  # type: ignore[arg-type]
         self.strategy.setup(self.run)
 
     def stage(self, number: int) -> Any:

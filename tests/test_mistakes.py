@@ -450,7 +450,7 @@ def test_a_loss_that_is_no_number_stops_before_the_step(
 
     def spoilt_outcome(self: SupervisedStage, *arguments: object) -> Outcome:
         result = outcome(self, *arguments)
-        return result._replace(loss=spoil(result.loss)) if stage == "sft" else result
+        return result._replace(losses=spoil(result.losses)) if stage == "sft" else result
 
     monkeypatch.setattr(Lifelong, "__init__", remember)
     monkeypatch.setattr(lifealign.trainer, "step", count_steps)

@@ -1,4 +1,4 @@
-"""FPO and DPO against numbers worked out on paper (docs/method.md)."""
+"""The objectives against numbers worked out on paper (FPO and DPO: docs/method.md)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,24 @@ from typing import Any
 import pytest
 import torch
 
+from lifealign.data.tokenize import Pair
 from lifealign.errors import UserError
-from lifealign.objectives import DPO, FPO, PreferenceLoss, dpo_loss, fpo_loss
+from lifealign.models.scoring import ReferenceLogps, pair_key
+from lifealign.objectives import (
+    DPO,
+    FPO,
+    IPO,
+    Objective,
+    PreferenceLoss,
+    Robust,
+    SimPO,
+    dpo_loss,
+    fpo_loss,
+    ipo_loss,
+    robust_loss,
+    simpo_loss,
+)
+from lifealign.stages import PreferenceStage
 
 LN2, LN3 = math.log(2), math.log(3)
 EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-10}
@@ -169,23 +185,190 @@ def test_shapes(pairs: int) -> None:
     assert [tuple(t.shape) for t in result] == [(pairs,)] * 4
 
 
+# IPO
+
+
+def test_ipo_by_hand() -> None:
+    """β = 1/4 aims at h = 1/(2·1/4) = 2. h = 3, 2 and −1 give (1, 0, 9) with slopes 2·(h − 2) = (2, 0, −6).
+
+    The sums count, not means over tokens; rewards are β·3, β·2, β·(−1) for the chosen and 0 for the rejected responses.
+    """
+    chosen = torch.tensor([3.0, 2.0, -1.0], dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros(3, dtype=torch.float64)
+    result = ipo_loss(chosen - 20, zero - 7, zero - 20, zero - 7, beta=0.25)
+    close(result.losses, [1.0, 0.0, 9.0])
+    close(result.chosen_rewards, [0.75, 0.5, -0.25])
+    close(result.rejected_rewards, [0.0, 0.0, 0.0])
+    close(result.weights, [1.0, 1.0, 1.0])
+    (gradient,) = torch.autograd.grad(result.losses.sum(), chosen)
+    close(gradient, [2.0, 0.0, -6.0])
+
+
+# SimPO
+
+
+def test_simpo_by_hand() -> None:
+    """β = 2. Pair 0: 2·(−6)/3 = −4 and 2·(−10)/4 = −5, so r = 1; with a margin of 1 the loss is −log σ(0) = ln 2.
+
+    Pair 1: 2·(−3)/2 = −3 and 2·(−8)/2 = −8, r − 1 = 4: the loss is log(1 + e^−4). Slopes by a log-probability are
+    −σ(1 − r)·β/|y_p| and +σ(1 − r)·β/|y_d|: at pair 0 ½·2/3 and ½·2/4.
+    """
+    chosen = torch.tensor([-6.0, -3.0], dtype=torch.float64, requires_grad=True)
+    rejected = torch.tensor([-10.0, -8.0], dtype=torch.float64, requires_grad=True)
+    result = simpo_loss(chosen, rejected, torch.tensor([3, 2]), torch.tensor([4, 2]), beta=2.0, target_margin=1.0)
+    close(result.losses, [LN2, math.log1p(math.exp(-4))])
+    close(result.chosen_rewards, [-4.0, -3.0])
+    close(result.rejected_rewards, [-5.0, -8.0])
+    close(result.weights, [1.0, 1.0])
+    up, down = torch.autograd.grad(result.losses.sum(), (chosen, rejected))
+    assert (up[0].item(), down[0].item()) == pytest.approx((-1 / 3, 1 / 4), abs=1e-12)
+
+
+def test_simpo_of_one_length_without_margin_is_dpo_against_nothing() -> None:
+    """|y| = 4 for all, no margin: β/4 times the sums, which is DPO at β/4 with a reference of zeros."""
+    chosen, rejected = torch.tensor([[-3.0, -9.0], [-8.0, -2.5]], dtype=torch.float64)
+    four, zero = torch.tensor([4, 4]), torch.zeros(2, dtype=torch.float64)
+    for ours, theirs in zip(
+        simpo_loss(chosen, rejected, four, four, beta=2.0, target_margin=0.0),
+        dpo_loss(chosen, rejected, zero, zero, beta=0.5),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+# Robust DPO
+
+
+def robust_at(margins: list[float], share: float) -> tuple[PreferenceLoss, torch.Tensor]:
+    r = torch.tensor(margins, dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros_like(r)
+    result = robust_loss(r, zero, zero, zero, beta=1.0, label_smoothing=share)
+    (gradient,) = torch.autograd.grad(result.losses.sum(), r)
+    return result, gradient
+
+
+def test_robust_by_hand() -> None:
+    """ε = 1/4, r = ln 3: D(r) = ln(4/3), D(−r) = ln 4; L = (¾·ln(4/3) − ¼·ln 4)/½ = ln 4 − 1½·ln 3.
+
+    At r = 0: (¾ − ¼)·ln 2/½ = ln 2. Slopes: (−¾·¼ − ¼·¾)·2 = −¾ at ln 3,
+    and (−¾·½ − ¼·½)·2 = −1 at 0.
+    """
+    result, gradient = robust_at([LN3, 0.0], 0.25)
+    close(result.losses, [2 * LN2 - 1.5 * LN3, LN2])
+    close(gradient, [-0.75, -1.0])
+    close(result.weights, [1.0, 1.0])
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.49])
+def test_robust_is_dpo_on_average_over_flipped_labels(share: float) -> None:
+    """E[L] = (1 − ε)·L(r) + ε·L(−r) = D(r), whatever ε: what the method is for. D in plain Python floats."""
+    margins = [-6.0, -1.0, 0.0, 0.3, 5.0]
+    right, _ = robust_at(margins, share)
+    flipped, _ = robust_at([-r for r in margins], share)
+    mean = (1 - share) * right.losses + share * flipped.losses
+    close(mean, [math.log1p(math.exp(-r)) for r in margins])
+
+
+def test_robust_without_flips_is_dpo() -> None:
+    logps = [torch.tensor([x, -2.0 * x, 900.0 * x], dtype=torch.float64) for x in (-3.0, -5.0, -4.0, -2.5)]
+    for ours, plain in zip(robust_loss(*logps, label_smoothing=0.0), dpo_loss(*logps), strict=True):
+        assert torch.equal(ours, plain)
+
+
+# What they share
+
+
+@pytest.mark.parametrize("name", ["ipo", "simpo", "robust"])
+def test_gradcheck_of_the_others(name: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(5, dtype=torch.float64, generator=generator).mul(3) for _ in range(4)]
+    policy = [t.requires_grad_() for t in inputs[:2]]
+    lengths = torch.tensor([[1, 2, 3, 7, 40], [5, 2, 1, 9, 3]])
+    losses = {
+        "ipo": lambda c, d: ipo_loss(c, d, *inputs[2:], beta=0.7).losses,
+        "simpo": lambda c, d: simpo_loss(c, d, *lengths, beta=2.5, target_margin=0.6).losses,
+        "robust": lambda c, d: robust_loss(c, d, *inputs[2:], beta=0.7, label_smoothing=0.2).losses,
+    }
+    assert torch.autograd.gradcheck(losses[name], policy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tails_of_the_others(dtype: torch.dtype) -> None:
+    """r = −500 and 500, β = 1. SimPO without margin: 500 and e^−500 = 7e-218, 0 in float32.
+
+    Robust at ε = 1/3: ε/(1 − 2ε) = 1, so D(r) − r = 1000 and −500. IPO at β = 1/2 aims at 1: 501² and 499².
+    """
+    r, zero, one = torch.tensor([-500.0, 500.0], dtype=dtype), torch.zeros(2, dtype=dtype), torch.ones(2, dtype=torch.int64)
+    small = math.exp(-500) if dtype is torch.float64 else 0.0
+    simpo = simpo_loss(r, zero, one, one, beta=1.0, target_margin=0.0).losses.tolist()
+    assert simpo == pytest.approx([500.0, small], rel=1e-12, abs=0.0)
+    robust = robust_loss(r, zero, zero, zero, beta=1.0, label_smoothing=1 / 3).losses.tolist()
+    assert robust == pytest.approx([1000.0, -500.0], rel=1e-6)
+    assert ipo_loss(r, zero, zero, zero, beta=0.5).losses.tolist() == [501.0**2, 499.0**2]
+
+
+def test_half_precision_is_raised_to_float32() -> None:
+    """257 is no bfloat16, 256 and 1 are: in bfloat16 the 1 would be lost. IPO: (256 + 1 − 1)²; SimPO: −256 + 1 − 2."""
+    big, one, zero = (torch.tensor([x], dtype=torch.bfloat16) for x in (256.0, -1.0, 0.0))
+    lengths = torch.tensor([1])
+    assert ipo_loss(big, one, zero, zero, beta=0.5).losses.item() == 256.0**2
+    assert robust_loss(big, one, zero, zero, beta=1.0).losses.dtype is torch.float32
+    simpo = simpo_loss(-big, one, lengths, lengths, beta=1.0, target_margin=2.0)
+    assert simpo.losses.item() == 257.0
+
+
 def test_components_pass_their_options() -> None:
-    """β = 1, columns are (chosen, rejected): r = ln 3, so p = 3/4, as in the cases by hand above."""
+    """β = 1, columns are (chosen, rejected): r = ln 3, so p = 3/4, as in the cases by hand above.
+
+    SimPO of 2·ln 3 over 2 tokens against 0 over 4, at β = 1: r = ln 3 as well; robust at ε = 1/4 as above.
+    """
     policy = torch.tensor([[LN3, 0.0]], dtype=torch.float64)
-    reference = torch.zeros_like(policy)
-    close(FPO(beta=1.0)(policy, reference).losses, [math.log(4 / 3) / 16])
-    close(FPO(beta=1.0, gamma=1.0)(policy, reference).losses, [math.log(4 / 3) / 4])
-    close(FPO(beta=1.0, confidence_threshold=0.7)(policy, reference).losses, [0.0])
-    close(DPO(beta=1.0)(policy, reference).losses, [math.log(4 / 3)])
-    close(FPO(beta=2.0)(reference, -policy).chosen_rewards, [2 * LN3])
-    assert (FPO().beta, FPO().gamma, FPO().confidence_threshold) == (0.1, 2.0, 1.0)  # the paper's
+    reference, lengths = torch.zeros_like(policy), torch.tensor([[2, 4]])
+    close(FPO(beta=1.0)(policy, reference, lengths).losses, [math.log(4 / 3) / 16])
+    close(FPO(beta=1.0, gamma=1.0)(policy, reference, lengths).losses, [math.log(4 / 3) / 4])
+    close(FPO(beta=1.0, confidence_threshold=0.7)(policy, reference, lengths).losses, [0.0])
+    close(DPO(beta=1.0)(policy, reference, lengths).losses, [math.log(4 / 3)])
+    close(FPO(beta=2.0)(reference, -policy, lengths).chosen_rewards, [2 * LN3])
+    close(IPO(beta=0.5)(policy, reference, lengths).losses, [(LN3 - 1) ** 2])
+    close(Robust(beta=1.0, label_smoothing=0.25)(policy, reference, lengths).losses, [2 * LN2 - 1.5 * LN3])
+    close(SimPO(beta=1.0, target_margin=0.0)(2 * policy, reference + 9, lengths).losses, [math.log(4 / 3)])
+    close(SimPO(beta=1.0, target_margin=LN3)(2 * policy, reference + 9, lengths).losses, [LN2])
+    assert (FPO().beta, FPO().gamma, FPO().confidence_threshold) == (0.1, 2.0, 1.0)  # the papers'
+    assert (SimPO().beta, SimPO().target_margin, Robust().label_smoothing) == (2.0, 1.0, 0.1)
+
+
+def test_the_stage_counts_tokens_for_simpo() -> None:
+    """Responses of 2 and 3 tokens, β = 2: rewards −4·2/2 = −4 and −9·2/3 = −6; −log σ(2 − 1) = log(1 + 1/e)."""
+    pair = Pair("a/train/0", [1], [2, 3], [4, 5, 6], "", "", "")
+    reference = ReferenceLogps()
+    key = torch.tensor([list(pair_key(pair))], dtype=torch.uint8)
+    reference.load_state_dict({"keys": key, "logps": torch.tensor([[-1.0, -50.0]])})
+    losses, values = PreferenceStage(SimPO(), reference).outcome(torch.tensor([-4.0, -9.0]), [pair])
+    assert losses.sum().item() == pytest.approx(math.log1p(math.exp(-1)), rel=1e-6)
+    figures = {name: value.item() for name, value in values.items()}
+    assert (figures["chosen_reward"], figures["rejected_reward"], figures["margin"]) == (-4.0, -6.0, 2.0)
+    assert (figures["focal_weight"], figures["gated_share"], figures["accuracy"]) == (1.0, 0.0, 1.0)
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"beta": 0.0}, {"beta": -1.0}, {"gamma": -0.1}, {"confidence_threshold": 0.0}, {"confidence_threshold": 1.01}],
+    "kind, options",
+    [
+        (FPO, {"beta": 0.0}),
+        (FPO, {"beta": -1.0}),
+        (FPO, {"gamma": -0.1}),
+        (FPO, {"confidence_threshold": 0.0}),
+        (FPO, {"confidence_threshold": 1.01}),
+        (IPO, {"beta": 0.0}),
+        (SimPO, {"beta": -2.0}),
+        (SimPO, {"target_margin": -0.1}),
+        (SimPO, {"target_margin": math.inf}),
+        (SimPO, {"target_margin": math.nan}),
+        (Robust, {"label_smoothing": -0.1}),
+        (Robust, {"label_smoothing": 0.5}),
+        (Robust, {"label_smoothing": math.nan}),
+    ],
 )
-def test_options_out_of_range(options: dict[str, float]) -> None:
+def test_options_out_of_range(kind: type[Objective], options: dict[str, float]) -> None:
     (key,) = options
     with pytest.raises(UserError, match=rf"objective\.{key}="):
-        FPO(**options)
+        kind(**options)

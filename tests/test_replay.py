@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from lifealign.data.replay import ReplayBuffer
+from lifealign.data.replay import ReplayBuffer, Reservoir
 from lifealign.data.tokenize import Pair
 
 
@@ -111,3 +111,34 @@ def test_state_round_trip() -> None:
         each.add(pairs("b", 15), seeded(1))
     assert restored.pairs == buffer.pairs
     assert len(buffer.pairs) == 8
+
+
+def test_a_reservoir_holds_every_pair_met_with_the_same_chance() -> None:
+    """3 of 12 pairs in tasks of 2, 6 and 4, 2,000 times: each is expected 500 times with variance 2000·¼·¾ = 375 and
+    correlation −1/11, so (11/12)·Σ (n − 500)²/375 is χ² with 11 degrees of freedom: above 31.3 once in 1,000.
+    """
+    counts = dict.fromkeys((pair.id for task, count in (("a", 2), ("b", 6), ("c", 4)) for pair in pairs(task, count)), 0)
+    for seed in range(2000):
+        buffer = Reservoir(3)
+        for number, (task, count) in enumerate((("a", 2), ("b", 6), ("c", 4))):
+            buffer.add(pairs(task, count), seeded(3 * seed + number))
+        assert len(set(ids(buffer))) == 3
+        for id in ids(buffer):
+            counts[id] += 1
+    assert 11 / 12 * sum((n - 500) ** 2 / 375 for n in counts.values()) < 31.3
+
+
+def test_a_reservoir_goes_on_where_it_was_saved() -> None:
+    buffer, restored = Reservoir(4), Reservoir(4)
+    buffer.add(pairs("a", 9), seeded(0))
+    restored.load_state_dict(json.loads(json.dumps(buffer.state_dict())))
+    for each in (buffer, restored):
+        each.add(pairs("b", 5), seeded(1))
+    assert ids(restored) == ids(buffer)
+    assert restored.seen == 14
+
+
+def test_a_reservoir_without_room_holds_nothing() -> None:
+    buffer = Reservoir(0)
+    buffer.add(pairs("a", 5), seeded(0))
+    assert ids(buffer) == []

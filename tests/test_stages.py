@@ -116,8 +116,9 @@ def test_supervised_stage_by_hand() -> None:
     row = stage.row(PAIRS[0])
     assert (list(row.prompt), [list(r) for r in row.responses]) == ([1, 2], [[3, 4, 5]])
     logps = torch.tensor([-4.0, -2.0, -3.0], requires_grad=True)
-    loss, figures = stage.outcome(logps, PAIRS)
-    count = sum(stage.size(pair) for pair in PAIRS)
+    losses, figures = stage.outcome(logps, PAIRS)
+    loss, count = losses.sum(), sum(stage.size(pair) for pair in PAIRS)
+    assert losses.tolist() == [4.0, 2.0, 3.0]
     assert (loss.item() / count, count, figures) == (1.5, 6, {})
     loss.backward()
     assert logps.grad is not None
@@ -144,7 +145,8 @@ def test_preference_stage_by_hand() -> None:
     row = stage.row(PAIRS[1])
     assert (list(row.prompt), [list(r) for r in row.responses]) == ([1], [[7], [8, 9]])
     logps = torch.tensor([-10.0, -12.0, -20 + 4 * LN3, -7.0, -3.0, -4 + 2 * LN3], requires_grad=True)
-    loss, figures = stage.outcome(logps, PAIRS)
+    losses, figures = stage.outcome(logps, PAIRS)
+    loss = losses.sum()
     assert loss.item() == pytest.approx(11 / 8 * LN2, abs=1e-5)
     assert sum(stage.size(pair) for pair in PAIRS) == 3
     expected = {
@@ -170,8 +172,8 @@ def test_the_reference_follows_the_pairs() -> None:
     """Log-probabilities are those of the pairs given, in their order: an untouched policy has loss ln 2 a pair."""
     stage = PreferenceStage(DPO(), reference(REFERENCE))
     logps = torch.tensor([*REFERENCE[2], *REFERENCE[0]])
-    loss, figures = stage.outcome(logps, [PAIRS[2], PAIRS[0]])
-    assert loss.item() == pytest.approx(2 * LN2, abs=1e-6)
+    losses, figures = stage.outcome(logps, [PAIRS[2], PAIRS[0]])
+    assert losses.tolist() == pytest.approx([LN2, LN2], abs=1e-6)
     assert figures["margin"].tolist() == [0.0, 0.0]
 
 

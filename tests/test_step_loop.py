@@ -34,7 +34,7 @@ from lifealign.runtime import distributed
 from lifealign.runtime.engine import deepspeed_config, training_engine
 from lifealign.runtime.tracking import Tracker
 from lifealign.stages import PreferenceStage, SupervisedStage
-from lifealign.strategies import Context, Run, Strategy
+from lifealign.strategies import Context, Run, Seen, Strategy
 from lifealign.trainer import Trainer, make_optimizer, make_schedule, plan_batches
 
 PAIRS, BATCH, MICRO, STEPS = 20, 8, 4, 6
@@ -44,8 +44,8 @@ PAIRS, BATCH, MICRO, STEPS = 20, 8, 4, 6
 class Penalised(Strategy):
     """With a term in its loss, so that a line has one."""
 
-    def loss_terms(self, context: Context, batch: Batch, logps: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        return {"penalty": 1e-5 * logps.square().mean()}
+    def pair_terms(self, context: Context, seen: Seen) -> Mapping[str, torch.Tensor]:
+        return {"penalty": 1e-5 * seen.logps.view(len(seen.pairs), -1).square().mean(1)}
 
 
 class Prepared:
@@ -88,7 +88,7 @@ def prepared(folder: Path, *overrides: str, stage: str = "preference", log_every
             stage=SupervisedStage() if stage == "sft" else PreferenceStage(config.objective, reference),
             options=options,
             strategy=Penalised(),
-            context=Context(Run(policy, folder, 0, ""), task, 0, stage),
+            context=Context(Run(policy, folder, 0, "", tokenizer, {}, 8), task, 0, stage),
             tracker=tracker,
             pad_token_id=pad_token_id(tokenizer),
             log_every=log_every,

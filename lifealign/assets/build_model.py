@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple
 from itertools import islice
 from pathlib import Path
@@ -38,6 +38,15 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 192,
+    "intermediate_size": 576,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+}
 STEPS = 900
 BATCH_ROWS = 32
 PEAK_LR = 3e-3
@@ -91,22 +100,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTr
     return wrapped
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """The untrained network; seed torch before."""
+def new_model(tokenizer: PreTrainedTokenizerFast, sizes: Mapping[str, int] = SIZES) -> Qwen2ForCausalLM:
+    """The untrained network; seed torch before. ``sizes`` are keys of its configuration."""
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    config = Qwen2Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=192,
-        intermediate_size=576,
-        num_hidden_layers=5,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        use_sliding_window=False,
-        **ids,
-    )
-    model = Qwen2ForCausalLM(config)
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True, use_sliding_window=False, **ids))
     model.generation_config = GenerationConfig(do_sample=False, **ids)
     return model
 
@@ -137,12 +134,12 @@ def batches(rows: list[list[int]], rng: Random) -> Iterator[list[list[int]]]:
             yield from (chunk[cut : cut + BATCH_ROWS] for cut in cuts)
 
 
-def learning_rate(step: int, steps: int) -> float:
+def learning_rate(step: int, steps: int, peak: float = PEAK_LR) -> float:
     """Cosine decay to a tenth of the peak after 5 % linear warm-up."""
     warmup = max(1, steps // 20)
     if step < warmup:
-        return PEAK_LR * (step + 1) / warmup
-    return PEAK_LR * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        return peak * (step + 1) / warmup
+    return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def pretrain(model: Qwen2ForCausalLM, rows: list[list[int]], pad_id: int, steps: int, rng: Random) -> float:

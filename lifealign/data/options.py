@@ -20,8 +20,15 @@ class DataOptions:
     max_prompt_tokens: int = 512  # longer prompts lose their beginning
     max_response_tokens: int = 512  # longer responses lose their end, but keep the end-of-sequence token
     max_empty: float = 0.02  # share of rows with an empty prompt or response above which a file is refused
+    tuning_pairs: int = 0  # training pairs of one task that are set aside to choose settings on, and never trained on
+    tuning_task: str | None = None  # whose; None: the first of the sequence
+    tuning: bool = False  # True: that task is scored on them in place of its held-out pairs
 
     def __post_init__(self) -> None:
+        if self.tuning_pairs < 0:
+            raise UserError(f"data.tuning_pairs={self.tuning_pairs}: must be 0 or more")
+        if self.tuning and not self.tuning_pairs:
+            raise UserError("data.tuning=true, but data.tuning_pairs=0 sets no pairs aside; give their number")
         for key in ("max_train", "max_eval", "max_prompt_tokens", "max_response_tokens"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -64,6 +71,8 @@ class TaskSource:
     domain: str = ""  # what the task is about, for tables and reports
     columns: Columns = field(default_factory=Columns)  # columns of the rows under ``data.root``
     hub: HubSource | None = None
+    of: str | None = None  # the task whose rows this one reads, with that one's columns and hub; None: its own
+    part: list[float] = field(default_factory=lambda: [0.0, 1.0])  # from where to where of the usable training rows
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The replay buffer: a bounded, first-in first-out sample of the pairs of past tasks."""
+"""Replay buffers: bounded samples of the pairs of past tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lifealign.data.tokenize import Pair
 
 
 class ReplayBuffer:
-    """Pairs of past tasks, oldest first (docs/method.md, Replay).
+    """A uniform share of each past task, oldest first; the oldest leave when it is full (docs/method.md, Replay).
 
     Args:
         size: how many pairs it holds at most.
@@ -29,9 +29,38 @@ class ReplayBuffer:
         entering = [pairs[i] for i in drawn.tolist()]
         self.pairs = (self.pairs + entering)[-self.size :] if self.size else []
 
-    def state_dict(self) -> list[dict[str, Any]]:
+    def state_dict(self) -> dict[str, Any]:
         """The pairs as JSON values."""
-        return [asdict(pair) for pair in self.pairs]
+        return {"pairs": [asdict(pair) for pair in self.pairs]}
 
-    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        self.pairs = [Pair(**values) for values in state]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.pairs = [Pair(**values) for values in state["pairs"]]
+
+
+class Reservoir(ReplayBuffer):
+    """A uniform sample of all pairs of all past tasks: each is as likely to be held as any other (Vitter, 1985, algorithm R).
+
+    Args:
+        size: how many pairs it holds at most.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, 1.0)
+        self.seen = 0  # pairs that have come by
+
+    def add(self, pairs: Sequence[Pair], generator: torch.Generator) -> None:
+        """Let a task's pairs come by in random order."""
+        for i in torch.randperm(len(pairs), generator=generator).tolist():
+            place = int(torch.randint(self.seen + 1, (), generator=generator))
+            self.seen += 1
+            if len(self.pairs) < self.size:
+                self.pairs.append(pairs[i])
+            elif place < self.size:
+                self.pairs[place] = pairs[i]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.seen = state["seen"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,36 +45,105 @@ def load_tasks(sequence: SequenceOptions, data: DataOptions, tokenizer: Any, bun
     pair_tokenizer = PairTokenizer(tokenizer, data.max_prompt_tokens, data.max_response_tokens)
     root = None if data.hub else Path(data.root) if data.root is not None else bundled_root
     _check_names(sequence, root)
-    checked = [_checked(sequence, name, data, root) for name in sequence.tasks]
-    return [_task(sequence, name, data, pair_tokenizer, splits) for name, splits in zip(sequence.tasks, checked, strict=True)]
+    tasks = {name: _checked(sequence, name, data, root) for name in sequence.tasks}
+    if data.tuning_pairs:
+        tasks = _set_aside(sequence, data, pair_tokenizer, tasks)
+    return [_task(sequence, name, data, pair_tokenizer, splits) for name, splits in tasks.items()]
 
 
-Splits = list[tuple[Rows, list[Preference], Counter[str]]]  # training, then held-out
+@dataclass(frozen=True)
+class _Split:
+    """What a task has of one split, before tokens."""
+
+    rows: Rows
+    preferences: list[Preference]  # usable ones
+    dropped: Counter[str]  # of the whole file
+
+    def numbers(self) -> set[str]:
+        """Rows of the source, the same whichever task reads them: ends of the ids."""
+        return {_number(preference) for preference in self.preferences}
+
+    def without(self, other: _Split) -> _Split:
+        """The split less the rows that ``other`` has of the same source."""
+        if self.rows.source != other.rows.source:
+            return self
+        taken = other.numbers()
+        return replace(self, preferences=[p for p in self.preferences if _number(p) not in taken])
 
 
-def _checked(sequence: SequenceOptions, name: str, data: DataOptions, root: Path | None) -> Splits:
-    source = sequence.sources.get(name) or TaskSource()
+_Splits = tuple[_Split, _Split]  # training, then held-out
+
+
+def _number(preference: Preference) -> str:
+    return preference.id.rpartition("/")[2]
+
+
+def _checked(sequence: SequenceOptions, name: str, data: DataOptions, root: Path | None) -> _Splits:
+    task = sequence.sources.get(name) or TaskSource()
+    owner = task.of or name
+    source = sequence.sources.get(owner) or TaskSource()
     if root is not None:
-        columns, splits = source.columns, read_task(root, name)
+        columns, splits = source.columns, read_task(root, owner)
     else:
         assert source.hub is not None  # _check_names has seen to it
         columns, splits = source.hub.columns or source.columns, read_hub(source.hub)
-    _check_columns(columns, name)
-    return [(rows, *read_preferences(rows, name, columns, data.max_empty)) for rows in splits]
+    _check_columns(columns, owner)
+    train, test = (_Split(rows, *read_preferences(rows, name, columns, data.max_empty)) for rows in splits)
+    return replace(train, preferences=_part(train, name, task.part)), test
 
 
-def _task(sequence: SequenceOptions, name: str, data: DataOptions, tokenizer: PairTokenizer, splits: Splits) -> Task:
+def _part(train: _Split, name: str, part: Sequence[float]) -> list[Preference]:
+    """Usable training rows from one share to another; parts that meet share no row and leave none out."""
+    start, end = (round(share * len(train.preferences)) for share in part)
+    if start == end:
+        raise UserError(
+            f"sequence.sources.{name}.part={list(part)}: none of the {len(train.preferences)} usable rows of "
+            f"{train.rows.source} lies in it; make it wider"
+        )
+    return train.preferences[start:end]
+
+
+def _set_aside(
+    sequence: SequenceOptions, data: DataOptions, tokenizer: PairTokenizer, tasks: Mapping[str, _Splits]
+) -> dict[str, _Splits]:
+    """The tasks with the tuning slice taken out of all that is trained on; where it is asked for, its task is scored on it."""
+    name = data.tuning_task or sequence.tasks[0]
+    aside = _tuning_slice(name, data, tokenizer, tasks[name][0])
+    left = {task: (train.without(aside), test) for task, (train, test) in tasks.items()}
+    emptied = [task for task, (train, _) in left.items() if not train.preferences]
+    if emptied:
+        raise UserError(f"data.tuning_pairs={data.tuning_pairs}: no training row of task '{emptied[0]}' is left; give fewer")
+    if data.tuning:
+        left[name] = (left[name][0], aside)
+    return left
+
+
+def _tuning_slice(name: str, data: DataOptions, tokenizer: PairTokenizer, train: _Split) -> _Split:
+    """The pairs behind those that are trained on: of the first max_train + tuning_pairs usable ones, the last tuning_pairs."""
+    limit = None if data.max_train is None else data.max_train + data.tuning_pairs
+    kept, _ = tokenizer.pairs(train.preferences, limit)
+    if len(kept) <= data.tuning_pairs:
+        raise UserError(
+            f"data.tuning_pairs={data.tuning_pairs}: task '{name}' has {len(kept)} usable training pairs, which leaves none to "
+            f"train on; give fewer, or another data.tuning_task"
+        )
+    return _Split(train.rows, _used(train.preferences, kept[-data.tuning_pairs :]), Counter())
+
+
+def _task(sequence: SequenceOptions, name: str, data: DataOptions, tokenizer: PairTokenizer, splits: _Splits) -> Task:
     dropped: Counter[str] = Counter()
     pairs, used = [], []
-    for (rows, preferences, counts), limit in zip(splits, (data.max_train, data.max_eval), strict=True):
-        kept, cut = tokenizer.pairs(preferences, limit)
+    for split, limit in zip(splits, (data.max_train, data.max_eval), strict=True):
+        kept, cut = tokenizer.pairs(split.preferences, limit)
         if not kept:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in cut.items() if count)
-            raise UserError(f"{rows.source}: no pair is left after truncation ({reasons}); raise data.max_response_tokens")
-        for part in (counts, cut):
+            raise UserError(
+                f"{split.rows.source}: no pair is left after truncation ({reasons}); raise data.max_response_tokens"
+            )
+        for part in (split.dropped, cut):
             dropped.update(part)
         pairs.append(kept)
-        used.append(_used(preferences, kept))
+        used.append(_used(split.preferences, kept))
     source = sequence.sources.get(name) or TaskSource()
     return Task(name, source.domain or name, pairs[0], pairs[1], dict(dropped), data_hash(used))
 
@@ -101,7 +170,15 @@ def _check_options(sequence: SequenceOptions, data: DataOptions) -> None:
         raise UserError("sequence.tasks is empty; name at least one task")
     doubled = [name for name, count in Counter(sequence.tasks).items() if count > 1]
     if doubled:
-        raise UserError(f"sequence.tasks names '{doubled[0]}' twice; a task can be met once (copy its folder to meet it again)")
+        again = f"{doubled[0]}_again"
+        raise UserError(
+            f"sequence.tasks names '{doubled[0]}' twice; to meet it again, name '{again}' and say "
+            f"sequence.sources.{again}.of={doubled[0]}"
+        )
+    if data.tuning_pairs and data.tuning_task is not None and data.tuning_task not in sequence.tasks:
+        raise UserError(
+            f"data.tuning_task={data.tuning_task}: no task of this sequence{did_you_mean(data.tuning_task, sequence.tasks)}"
+        )
 
 
 def _check_names(sequence: SequenceOptions, root: Path | None) -> None:
@@ -110,11 +187,29 @@ def _check_names(sequence: SequenceOptions, root: Path | None) -> None:
     for name in sequence.tasks:
         if name not in known:
             raise UserError(f"sequence.tasks: unknown task '{name}'{did_you_mean(name, known)}")
-        if root is None and sequence.sources[name].hub is None:
+        source = sequence.sources.get(name) or TaskSource()
+        _check_source(name, source, sequence, known)
+        owner = source.of or name
+        if root is None and sequence.sources[owner].hub is None:
             raise UserError(
-                f"data.hub=true, but sequence.sources.{name}.hub names no data set; add its path, "
+                f"data.hub=true, but sequence.sources.{owner}.hub names no data set; add its path, "
                 f"or give files with data.hub=false data.root=FOLDER"
             )
+
+
+def _check_source(name: str, source: TaskSource, sequence: SequenceOptions, known: Collection[str]) -> None:
+    """A part must be a part, and rows of another task must be that task's own."""
+    key = f"sequence.sources.{name}"
+    if len(source.part) != 2 or not 0 <= source.part[0] < source.part[1] <= 1:
+        raise UserError(f"{key}.part={list(source.part)}: must be [from, to] with 0 <= from < to <= 1")
+    if source.of is None:
+        return
+    if source.of not in known or source.of == name:
+        raise UserError(f"{key}.of={source.of}: no other task{did_you_mean(source.of, {*known} - {name})}")
+    if (owner := sequence.sources.get(source.of)) and owner.of is not None:
+        raise UserError(f"{key}.of={source.of}: that one has no rows of its own; say of={owner.of}")
+    if source.columns != Columns() or source.hub is not None:
+        raise UserError(f"{key}: columns and hub are those of '{source.of}', whose rows it reads; drop them here")
 
 
 def _check_columns(columns: Columns, task: str) -> None:

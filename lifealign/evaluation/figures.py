@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -44,6 +45,25 @@ def draw_forgetting(book: ScoreBook, metric: str) -> Figure:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     legend = axes.legend(title="score on", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return figure
+
+
+def draw_probes(probes: Sequence[Mapping[str, Any]], metric: str) -> Figure:
+    """The score of old tasks step by step while new ones are learned; a line where each new task begins."""
+    figure, axes = _figure(width=8.0, height=3.4)
+    for task, marker in zip(dict.fromkeys(probe["on"] for probe in probes), cycle(_MARKERS)):
+        own = [probe for probe in probes if probe["on"] == task]
+        values = [probe[metric] for probe in own]
+        axes.plot([probe["step"] for probe in own], values, marker=marker, markersize=3, linewidth=1.2, label=task)
+    for task in dict.fromkeys(probe["task"] for probe in probes):
+        axes.axvline(next(probe["step"] for probe in probes if probe["task"] == task), color="k", alpha=0.3, linewidth=0.8)
+    axes.set_xlabel("optimiser step; vertical lines: a new task begins", fontsize=9)
+    axes.set_ylabel(metric_info(metric).label, fontsize=9)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    legend = axes.legend(title="old task", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
     for text in legend.get_texts():
         text.set_parse_math(False)
     return figure

@@ -1,8 +1,9 @@
-"""Batched greedy generation, spread over ranks."""
+"""Batched generation, greedy or sampled, spread over ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -14,8 +15,10 @@ from lifealign.models.loading import pad_token_id
 from lifealign.models.policy import Policy
 from lifealign.runtime import distributed
 
+UNCHANGED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+"""Samples are the policy's own; what is not said here is taken from the model's generation settings."""
 
-@torch.no_grad()
+
 def generate(
     module: nn.Module,
     policy: Policy,
@@ -25,31 +28,82 @@ def generate(
     batch_size: int,
     max_new_tokens: int,
 ) -> list[str]:
-    """The policy's greedy answer to each prompt, as text, on every rank.
+    """The policy's greedy answer to each prompt, as text, on every rank."""
+    rows = _answers(module, policy, prompts, tokenizer, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
+def sample(
+    module: nn.Module,
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    seed: int,
+) -> list[list[int]]:
+    """An answer to each prompt drawn from the policy itself (temperature 1, nothing cut off), as ids, on every rank.
+
+    Each ends with its end token where it came to one. Draws are those of ``seed`` for any number of ranks.
+    """
+    rows = _answers(module, policy, prompts, tokenizer, batch_size=batch_size, max_new_tokens=max_new_tokens, seed=seed)
+    ends = set(_end_ids(policy, tokenizer))
+    lengths = (next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows)
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+
+@torch.no_grad()
+def _answers(
+    module: nn.Module,
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    seed: int | None = None,
+) -> list[list[int]]:
+    """The ids that follow each prompt, what fills up a batch after the end included; sampled where there is a seed.
 
     Batches hold prompts of like length, padded on the left, and go to ranks in turn; every rank generates equally often
     (see :func:`lifealign.models.scoring.score_pairs`).
     """
+    prompts = [[*policy.prefix, *prompt] for prompt in prompts]
     buckets = list(length_buckets([len(p) for p in prompts], batch_size))
     world = distributed.world_size()
     was_training = module.training
     module.eval()
-    mine: dict[int, str] = {}
+    mine: dict[int, list[int]] = {}
+    config = _config(policy, tokenizer, max_new_tokens, sampled=seed is not None)
     with merged(policy.model):  # measured to be faster: a decoded token pays for every small product of the adapter
         for start in range(0, len(buckets), world):
-            number = start + distributed.rank()
-            bucket = buckets[min(number, len(buckets) - 1)]
-            texts = _generate_batch(policy, [prompts[i] for i in bucket], tokenizer, max_new_tokens)
-            if number < len(buckets):
-                mine |= zip(bucket, texts, strict=True)
+            number = min(start + distributed.rank(), len(buckets) - 1)
+            bucket = buckets[number]
+            with _seeded(None if seed is None else seed + number):
+                rows = _generate_batch(policy, [prompts[i] for i in bucket], tokenizer, config)
+            if start + distributed.rank() < len(buckets):
+                mine |= zip(bucket, rows, strict=True)
     module.train(was_training)
-    everywhere = {i: text for share in distributed.gather_objects(mine) for i, text in share.items()}
+    everywhere = {i: row for share in distributed.gather_objects(mine) for i, row in share.items()}
     return [everywhere[i] for i in range(len(prompts))]
 
 
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Inside, torch draws the numbers of a seed; afterwards it goes on as if nothing had been drawn. None: nothing is done."""
+    if seed is None:
+        yield
+        return
+    device = distributed.device()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def _generate_batch(
-    policy: Policy, prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
-) -> list[str]:
+    policy: Policy, prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, config: GenerationConfig
+) -> list[list[int]]:
     length = max(map(len, prompts))
     ids = torch.full((len(prompts), length), pad_token_id(tokenizer))
     mask = torch.zeros_like(ids)
@@ -59,21 +113,26 @@ def _generate_batch(
     output = policy.model.generate(
         input_ids=ids.to(distributed.device()),
         attention_mask=mask.to(distributed.device()),
-        generation_config=_greedy(policy, tokenizer, max_new_tokens),
+        generation_config=config,
         # A partitioned model can only be called by all ranks at once: none may stop before the others.
         synced_gpus=hasattr(next(policy.parameters()), "ds_id"),
     )
-    return [text.strip() for text in tokenizer.batch_decode(output[:, length:].cpu(), skip_special_tokens=True)]
+    return output[:, length:].tolist()
 
 
-def _greedy(policy: Policy, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    """Greedy decoding that stops where the model's own configuration says a reply ends."""
-    own = policy.base.generation_config
-    ends = own.eos_token_id if own is not None and own.eos_token_id is not None else []
+def _config(policy: Policy, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, *, sampled: bool) -> GenerationConfig:
+    """Decoding that stops where the model's own configuration says a reply ends; sampled: from the whole vocabulary."""
     return GenerationConfig(
-        do_sample=False,
+        do_sample=sampled,
+        **(UNCHANGED if sampled else {}),
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}),
+        eos_token_id=_end_ids(policy, tokenizer),
         pad_token_id=pad_token_id(tokenizer),
         use_cache=True,
     )
+
+
+def _end_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    own = policy.base.generation_config
+    ends = own.eos_token_id if own is not None and own.eos_token_id is not None else []
+    return sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])})

@@ -18,13 +18,15 @@ class EvaluationOptions:
     batch_size: int = 32  # pairs, or prompts, a rank holds at once
     max_new_tokens: int = 64
     max_generations: int | None = None  # held-out prompts a task that are answered; None: all
+    probe_every: int | None = None  # optimiser steps between two looks at old tasks while a new one is learned; None: never
+    probe_pairs: int = 64  # held-out pairs a task that such a look takes
 
     def __post_init__(self) -> None:
         known = [*PREFERENCE_METRICS, *TEXT_METRICS]
         for name in self.metrics:
             if name not in known:
                 raise UserError(f"evaluation.metrics: unknown metric '{name}'{did_you_mean(name, known)}")
-        for key in ("batch_size", "max_new_tokens", "max_generations"):
+        for key in ("batch_size", "max_new_tokens", "max_generations", "probe_every", "probe_pairs"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"evaluation.{key}={value}: must be at least 1")

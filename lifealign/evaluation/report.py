@@ -16,8 +16,9 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from lifealign.evaluation.figures import draw_forgetting, draw_heatmap, png
+from lifealign.evaluation.figures import draw_forgetting, draw_heatmap, draw_probes, png
 from lifealign.evaluation.scores import ScoreBook, closing_rows, metric_info, progress_note
+from lifealign.evaluation.stability import stability
 from lifealign.runtime.files import write_bytes
 
 
@@ -42,8 +43,11 @@ def write_report(
     samples: Sequence[Sample],
     consolidation: Sequence[Mapping[str, Any]],
     versions: Mapping[str, str],
+    probes: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write ``heatmap_METRIC.png``, ``forgetting_METRIC.png`` and ``index.html`` into ``folder``, replacing old ones.
+
+    With probes, ``stability.png`` as well.
 
     Args:
         folder: made where it is missing. Each file is replaced as a whole: a reader never sees half of one.
@@ -54,6 +58,7 @@ def write_report(
         samples: generations to show, in the order given.
         consolidation: rows of a table on memory consolidation; the columns are the rows' keys as they first appear.
         versions: version by package.
+        probes: scores of old tasks taken while new ones were learned, as ``metrics.jsonl`` holds them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     plots = []
@@ -62,14 +67,20 @@ def write_report(
         for kind, draw in (("heatmap", draw_heatmap), ("forgetting", draw_forgetting)):
             picture = png(draw(book, metric))
             write_bytes(folder / f"{kind}_{metric}.png", picture)
-            plot[kind] = "data:image/png;base64," + base64.b64encode(picture).decode("ascii")
+            plot[kind] = _inlined(picture)
         plots.append(plot)
+    gap = stability(probes) if probes else None
+    if gap is not None:
+        picture = png(draw_probes(probes, gap["metric"]))
+        write_bytes(folder / "stability.png", picture)
+        gap["picture"] = _inlined(picture)
 
     page = _template().render(
         progress=progress_note(book),
         tasks=[(task, domains.get(task, "")) for task in book.tasks],
         rows=closing_rows(book),
         plots=plots,
+        gap=gap,
         samples=samples,
         timing=[(step, _duration(seconds)) for step, seconds in timing.items()],
         consolidation=_table(consolidation),
@@ -78,6 +89,10 @@ def write_report(
     )
     # "replace": JSON may smuggle half a surrogate pair into a prompt, and a report must not fail over it.
     write_bytes(folder / "index.html", page.encode("utf-8", "replace"))
+
+
+def _inlined(picture: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture).decode("ascii")
 
 
 def _template() -> Any:

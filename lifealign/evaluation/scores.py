@@ -135,6 +135,11 @@ class ScoreBook:
         finite = value is not None and math.isfinite(value)
         self._cells.setdefault(metric, {})[after, on] = float(value) if finite else None  # type: ignore[arg-type]
 
+    def record_rows(self, metric: str, rows: Sequence[int], on: int, value: float | None) -> None:
+        """Note one score in several rows: a model that stays in use is scored once."""
+        for row in rows:
+            self.record(metric, row, on, value)
+
     def matrix(self, metric: str) -> list[list[float | None]]:
         """The scores as (rows recorded so far, N); ``None`` where there is none. ``KeyError`` for an unknown metric."""
         cells = self._cells[metric]

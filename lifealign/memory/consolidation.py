@@ -46,6 +46,7 @@ class ConsolidationOptions:
     svd: SVDMethod = SVDMethod.auto
     memory_rank: int | None = None  # most directions of a factor's history; None: no bound
     memory_dtype: torch.dtype = torch.float32  # of what is remembered
+    length_only: bool = False  # an update takes the length that refinement gives it, and keeps its own direction
 
 
 class Consolidated(NamedTuple):
@@ -163,7 +164,8 @@ class FactorConsolidator(Consolidator):
             change, lengths = _changes(names, before, after)
             short_term = self._truncated(names, change)
             long_term = rescale_history(short_term.update, basis, self.options.scale)
-            remembered = long_term.update.to(self.options.memory_dtype)
+            refined = of_length(change, long_term.update) if self.options.length_only else long_term.update
+            remembered = refined.to(self.options.memory_dtype)
             with naming(names):
                 basis.extend(remembered)
             columns = {
@@ -236,6 +238,12 @@ def _changes(
         if not math.isfinite(length):
             raise not_finite(name)
     return changes, lengths
+
+
+def of_length(update: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Each of the updates, (factors, short, long), scaled to the norm of the other in its place; zero stays zero."""
+    lengths, wanted = (norm(matrices).view(-1, 1, 1) for matrices in (update, other))
+    return update * torch.where(lengths > 0, wanted / lengths, 0).to(update.dtype)
 
 
 def _integrated(

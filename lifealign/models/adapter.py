@@ -15,12 +15,13 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lifealign.models.policy import gathered
+from lifealign.models.policy import Policy, gathered
 from lifealign.runtime import distributed
 from lifealign.runtime.files import replace_folder
 
 ADAPTER = "default"  # PEFT's name for an adapter that is given none
 WEIGHTS = "adapter_model.safetensors"  # the file of PEFT's layout with the factors
+ADDED = "added.safetensors"  # beside it: what a strategy trains that is not LoRA
 
 
 def named_factors(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
@@ -111,18 +112,34 @@ def saved_name(name: str) -> str:
     return name.replace(f".{ADAPTER}.", ".")
 
 
-def load_adapter(model: PeftModel, folder: Path) -> None:
+def load_adapter(policy: Policy, folder: Path) -> None:
     """Set the adapter to one that :func:`save_adapter` wrote. Call on every rank."""
     saved = load_file(folder / WEIGHTS)
-    values = {name: saved[saved_name(name)] for name, _ in named_factors(model)}
-    write_factors(model, values, dict.fromkeys(values, 0))
+    values = {name: saved[saved_name(name)] for name, _ in named_factors(policy.model)}
+    write_factors(policy.model, values, dict.fromkeys(values, 0))
+    if policy.added:
+        write_added(policy, load_file(folder / ADDED))
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
+def read_added(policy: Policy) -> dict[str, torch.Tensor]:
+    """Copies on the CPU of what a strategy trains beside LoRA, by name."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in policy.added.items()}
+
+
+def write_added(policy: Policy, values: Mapping[str, torch.Tensor]) -> None:
+    """Set what a strategy trains beside LoRA; every rank holds the same values."""
+    with torch.no_grad():
+        for name, parameter in policy.added.items():
+            parameter.copy_(values[name])
+
+
+def save_adapter(policy: Policy, folder: Path) -> None:
     """Write the adapter in PEFT's own layout, so that ``PeftModel.from_pretrained(base, folder)`` opens it.
 
-    Call on every rank; rank 0 writes. The folder is replaced as a whole: a reader sees the old adapter or the new one.
+    What a strategy trains beside LoRA stands beside it in a file of its own, which PEFT does not read. Call on every rank;
+    rank 0 writes. The folder is replaced as a whole: a reader sees the old adapter or the new one.
     """
+    model = policy.model
     whole = read_factors(model)
     if not distributed.is_main():
         return
@@ -130,6 +147,8 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     beside.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model, state_dict=dict(whole), save_embedding_layers=False)
     save_file({k: v.contiguous() for k, v in state.items()}, beside / WEIGHTS, {"format": "pt"})
+    if policy.added:
+        save_file(read_added(policy), beside / ADDED)
     config = copy.deepcopy(model.peft_config[model.active_adapter])
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)  # a set: its order would differ from run to run

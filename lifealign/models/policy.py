@@ -42,6 +42,8 @@ class Policy(nn.Module):
         self.model = model
         self.layout = RowLayout.concatenated  # set by choose_layout
         self.head_impl: str | None = None  # None: the kernel that suits the device; set by choose_head
+        self.prefix: tuple[int, ...] = ()  # ids that the adapted policy reads in front of every prompt
+        self.added = nn.ParameterDict()  # what a strategy trains beside LoRA
         self.read_positions = ReadPositions(self.base.get_decoder())
         for parameter in self.base.get_output_embeddings().parameters():
             if hasattr(parameter, "ds_id"):  # ZeRO-3 gathers for a module what is its own, or declared like this
@@ -74,11 +76,19 @@ class Policy(nn.Module):
             impl=self.head_impl,
         )
 
+    def prefixed(self, row: Row) -> Row:
+        """A row as the policy reads it: behind its prefix, if it has one."""
+        return row._replace(prompt=[*self.prefix, *row.prompt]) if self.prefix else row
+
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
         """Inside, the policy is the reference: the base alone."""
-        with self.model.disable_adapter():
-            yield
+        prefix, self.prefix = self.prefix, ()
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            self.prefix = prefix
 
 
 def gathered(parameters: list[nn.Parameter], *, modifier_rank: int | None = None) -> Any:

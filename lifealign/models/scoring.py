@@ -36,7 +36,8 @@ def score_pairs(
         module: the policy, or the engine around it.
         policy: the policy itself, for its row layout.
     """
-    buckets = list(length_buckets([pair_row(p).length for p in pairs], batch_size))
+    rows = [policy.prefixed(pair_row(pair)) for pair in pairs]
+    buckets = list(length_buckets([row.length for row in rows], batch_size))
     world = distributed.world_size()
     was_training = module.training
     module.eval()
@@ -44,7 +45,7 @@ def score_pairs(
     for start in range(0, len(buckets), world):
         number = start + distributed.rank()
         bucket = buckets[min(number, len(buckets) - 1)]  # a rank without work repeats the last batch and drops it
-        batch = collate([pair_row(pairs[i]) for i in bucket], layout=policy.layout, pad_token_id=pad_token_id)
+        batch = collate([rows[i] for i in bucket], layout=policy.layout, pad_token_id=pad_token_id)
         logps = module(batch.to(distributed.device())).view(-1, 2).cpu()
         if number < len(buckets):
             mine.append((bucket, logps))

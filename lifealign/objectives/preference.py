@@ -12,9 +12,19 @@ class PreferenceLoss(NamedTuple):
     """What a preference objective says of each pair; every tensor has shape (pairs,)."""
 
     losses: torch.Tensor  # to be averaged over all pairs of the global batch, gated ones included
-    chosen_rewards: torch.Tensor  # beta * (log pi_theta - log pi_ref) of the chosen response, detached
+    chosen_rewards: torch.Tensor  # beta * (log pi_theta - log pi_ref) of the chosen response (SimPO: its own), detached
     rejected_rewards: torch.Tensor  # the same of the rejected one, detached
     weights: torch.Tensor  # focal weight, 0 where the pair is gated; detached
+
+
+def reference_rewards(
+    policy: tuple[torch.Tensor, torch.Tensor], reference: tuple[torch.Tensor, torch.Tensor], beta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """beta * (log pi_theta - log pi_ref) of the chosen and the rejected responses; (pairs,) each, at least float32."""
+    # Half precision would cost digits that the caller's log-probabilities still have.
+    dtype = torch.promote_types(policy[0].dtype, torch.float32)
+    chosen, rejected = (beta * (ours.to(dtype) - base.to(dtype)) for ours, base in zip(policy, reference, strict=True))
+    return chosen, rejected
 
 
 def fpo_loss(
@@ -42,10 +52,8 @@ def fpo_loss(
         gamma: focusing exponent, >= 0; 0 is DPO.
         confidence_threshold: in (0, 1]; 1 gates nothing.
     """
-    # Half precision would cost digits that the caller's log-probabilities still have; the loss is at least float32.
-    dtype = torch.promote_types(policy_chosen_logps.dtype, torch.float32)
-    chosen_rewards = beta * (policy_chosen_logps.to(dtype) - reference_chosen_logps.to(dtype))
-    rejected_rewards = beta * (policy_rejected_logps.to(dtype) - reference_rejected_logps.to(dtype))
+    policy, reference = (policy_chosen_logps, policy_rejected_logps), (reference_chosen_logps, reference_rejected_logps)
+    chosen_rewards, rejected_rewards = reference_rewards(policy, reference, beta)
     margin = chosen_rewards - rejected_rewards
     # (1 - sigmoid(r))^gamma through its logarithm: exact in both tails, and a constant 1 at gamma = 0.
     weights = torch.exp(gamma * logsigmoid(-margin))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
 from torch import nn
 
 from lifealign.errors import UserError
@@ -113,3 +114,24 @@ def step(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor | None:
     if isinstance(norm, torch.Tensor):
         return norm.to(distributed.device())
     return torch.full((), norm, dtype=torch.float64, device=distributed.device())  # filled there: nothing is copied
+
+
+def read_gradients(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """Whole gradients by parameter name, averaged over ranks and micro-batches; between a step's backward pass and its step.
+
+    Call on every rank; for ZeRO stages 0 to 2.
+    """
+    whole = engine.zero_optimization_stage() == 0
+    named = ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
+    gradients = {name: p.grad if whole else safe_get_full_grad(p) for name, p in named}
+    return {name: gradient.detach().float().clone() for name, gradient in gradients.items() if gradient is not None}
+
+
+def write_gradients(engine: deepspeed.DeepSpeedEngine, gradients: Mapping[str, torch.Tensor]) -> None:
+    """Put whole gradients, the same on every rank, in the place of those that :func:`read_gradients` read."""
+    parameters = dict(engine.module.named_parameters())
+    for name, gradient in gradients.items():
+        if engine.zero_optimization_stage() == 0:
+            parameters[name].grad.copy_(gradient)
+        else:
+            safe_set_full_grad(parameters[name], gradient)

@@ -3,8 +3,8 @@
 import sys
 
 from lifealign.registry import import_components
-from lifealign.strategies.base import Context, Run, State, Strategy, seeded_generator
+from lifealign.strategies.base import Context, Experience, Run, Seen, State, Strategy, seeded_generator
 
 import_components(sys.modules[__name__])
 
-__all__ = ["Context", "Run", "State", "Strategy", "seeded_generator"]
+__all__ = ["Context", "Experience", "Run", "Seen", "State", "Strategy", "seeded_generator"]

@@ -58,15 +58,18 @@ class LifeAlign(ExperienceReplay):
 
     def setup(self, run: Run) -> None:
         super().setup(run)
-        options = ConsolidationOptions(
+        self.consolidator = make_consolidator(self.space, factor_shapes(run.policy.model), self.consolidation())
+        self.bank = MemoryBank(run.folder / "memory")
+
+    def consolidation(self) -> ConsolidationOptions:
+        """How updates become memory."""
+        return ConsolidationOptions(
             energy=self.denoise_energy,
             scale=self.projection_scale,
             svd=self.svd,
             memory_rank=self.memory_rank,
             memory_dtype=getattr(torch, self.memory_dtype.value),
         )
-        self.consolidator = make_consolidator(self.space, factor_shapes(run.policy.model), options)
-        self.bank = MemoryBank(run.folder / "memory")
 
     def begin_stage(self, context: Context) -> None:
         self.stage_start = read_factors(context.run.policy.model, self.consolidator.owned)

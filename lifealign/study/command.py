@@ -1,0 +1,51 @@
+"""``launch/study.py``: tune, run the grid, write the table and the page; go on where an earlier call was ended."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from lifealign.runtime.terminal import console
+from lifealign.study.grid import Grid
+from lifealign.study.options import read_arguments
+from lifealign.study.report import write_report
+from lifealign.study.runner import Runner, is_finished, locked
+from lifealign.study.tuning import choose, trials
+
+
+def study(arguments: Sequence[str], script: Path) -> int:
+    """Run, or go on with, the study that the arguments ask for.
+
+    Args:
+        arguments: ``+study=NAME``, ``study.KEY=VALUE`` and overrides for every cell.
+        script: launch/train.py.
+
+    Returns:
+        the exit code: 0 with all cells finished, 1 with some failed, 128 + N after signal N.
+
+    Raises:
+        UserError: before anything has started, for arguments that do not hold; or for cells that must not be compared.
+    """
+    options, passed = read_arguments(arguments)
+    grid = Grid(options, passed)
+    with locked(options.folder) as lock:
+        runner = Runner(script, options.parallel, lock)
+        if not options.report_only:
+            _run(grid, runner)
+        scales = choose(grid)
+        write_report(grid, scales, shlex.join(["python", "launch/study.py", *arguments]), script.parent)
+    finished = {cell.folder for cell in grid.cells(scales) if is_finished(cell)}
+    console.print(f"{len(finished)} of {grid.size} cells finished; {options.folder / 'study.md'}, results.csv")
+    if runner.signal is not None:
+        return 128 + runner.signal
+    return 0 if options.report_only or len(finished) == grid.size else 1
+
+
+def _run(grid: Grid, runner: Runner) -> None:
+    """The short runs that choose learning rates, then the cells whose rate is known."""
+    short = [cell for trial in trials(grid) for cell in trial.cells.values()]
+    if short:
+        runner.run(short, "tuning")
+    if runner.signal is None:
+        runner.run(grid.cells(choose(grid)), grid.options.name)

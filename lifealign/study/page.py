@@ -1,0 +1,213 @@
+"""``study.md``: what was run, and its tables and figures, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lifealign.evaluation.scores import format_score, metric_info
+from lifealign.study.compare import Table
+from lifealign.study.grid import ANY, Grid
+from lifealign.study.paper import TABLES
+from lifealign.study.statistics import Interval, Summary, places
+from lifealign.study.table import COST, FIGURES, LOGS, SLMC_FIGURES, STEP_FIGURES, decimals, label, metrics
+
+DASH = "–"
+COSTS = {"wall_seconds": "Wall clock (s)", "peak_memory_mib": "Peak memory (MiB)", "steps": "Optimiser steps"}
+
+HOW_TO_READ = """\
+Cells are mean ± standard deviation over seeds, with the standard error in brackets; **bold** is the best mean of a column and
+*italics* the second best, upper bounds and rows without a figure left out. ↓: lower is better, and a positive BWT is then
+forgetting. *BWT, learned tasks* counts only tasks whose accuracy after their own training was above 50 % by a one-sided
+binomial test at 5 % in that cell. Differences come with 95 % percentile bootstrap intervals, paired: seeds are drawn anew,
+and for accuracy, mean log σ(r) and margin the held-out pairs within each task too, for other metrics and for BWT over
+learned tasks seeds alone. With few seeds such intervals are too narrow. † marks those that exclude 0; with as many
+differences as there are here, some do by chance. Methods that a buffer does not concern stand in every regime's table with
+the same cells. Wall clock includes start-up and evaluation, with the number of cells at once given above."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the top of the page says of the study."""
+
+    command: str
+    commit: str
+    date: str
+    machine: str
+    finished: int
+    planned: int
+    troubles: Sequence[str]  # a line for each cell that failed, or could not be run
+
+
+def page(
+    grid: Grid,
+    facts: Facts,
+    found: Sequence[Table],
+    tuning: Sequence[Mapping[str, Any]],
+    tasks: Sequence[Mapping[str, Any]],
+    figures: Sequence[str],
+) -> str:
+    """The whole page.
+
+    Args:
+        found: a table for each sequence and regime; those without finished cells are left out.
+        tuning: rows of ``tuning.json``.
+        tasks: for each its name, its numbers of pairs and what trivial cues score on the held-out ones, in percent.
+        figures: names of picture files beside the page.
+    """
+    parts = [f"# {grid.options.title}", *_top(grid, facts), HOW_TO_READ, *(f"![{name}]({name})" for name in figures)]
+    for table in found:
+        if table.results:
+            parts += _section(grid, table)
+    parts += [*_tuning(grid, tuning), *_tasks(tasks)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _top(grid: Grid, facts: Facts) -> Iterator[str]:
+    yield f"```sh\n{facts.command}\n```"
+    yield "\n".join(
+        (
+            f"- Commit {facts.commit}, {facts.date}",
+            f"- {facts.machine}; {grid.options.parallel} cells at once",
+            f"- **{facts.finished} of {facts.planned} cells finished**; seeds {', '.join(map(str, grid.options.seeds))}",
+        )
+    )
+    if facts.troubles:
+        yield "\n".join(["Not finished, and tried again by the next call:", "", *(f"- {line}" for line in facts.troubles)])
+
+
+def _section(grid: Grid, table: Table) -> Iterator[str]:
+    regime = "" if table.regime in (ANY, "default") else f", regime `{table.regime}`"
+    yield f"## `{table.sequence}`{regime}"
+    for metric in metrics(table.frame):
+        yield f"### {label(metric)}"
+        yield _scores(grid, table, metric)
+        if grid.options.compared in _present(grid, table):
+            yield _differences(grid, table, metric)
+    yield from _beside_the_paper(grid, table)
+    yield "### Cost"
+    yield _means(grid, table, COST, COSTS, 0)
+    logs = _means(grid, table, LOGS, {figure: shown for shown, figure in SLMC_FIGURES.items()} | _steps(), 3)
+    yield from ["### What consolidation and the objective did", logs] if LOGS in set(table.frame.metric) else []
+
+
+def _steps() -> dict[str, str]:
+    return {figure: figure.replace("_", " ") for figure in STEP_FIGURES}
+
+
+def _present(grid: Grid, table: Table) -> list[str]:
+    """Labels of the methods with finished cells, in the study's order."""
+    have = {method for method, _ in table.results}
+    return [method for method in grid.methods if method in have]
+
+
+def _shown(grid: Grid, method: str) -> str:
+    return grid.options.methods[method].shown or method
+
+
+def _scores(grid: Grid, table: Table, metric: str) -> str:
+    """Figures of every method for one metric."""
+    methods, higher = _present(grid, table), metric_info(metric).higher_is_better
+    columns = []
+    for figure in FIGURES:
+        summaries = {method: table.summary(method, metric, figure) for method in methods}
+        ranked = {m: s.mean for m, s in summaries.items() if s is not None and grid.options.methods[m].ranked}
+        order = places(ranked, higher_is_better=higher)
+        columns.append([_marked(_spread(summaries[method], decimals(metric)), order.get(method)) for method in methods])
+    seeds = [str(sum(of == method for of, _ in table.results)) for method in methods]
+    rows = zip([_shown(grid, method) for method in methods], *columns, seeds, strict=True)
+    return markdown(["Method", *FIGURES.values(), "Seeds"], rows)
+
+
+def _spread(summary: Summary | None, places: int) -> str:
+    if summary is None:
+        return DASH
+    mean, deviation, error = (format_score(value, places) for value in summary[:3])
+    return mean if summary.seeds == 1 else f"{mean} ± {deviation} ({error})"
+
+
+def _marked(text: str, place: int | None) -> str:
+    return {1: f"**{text}**", 2: f"*{text}*"}.get(place or 0, text)
+
+
+def _differences(grid: Grid, table: Table, metric: str) -> str:
+    """The compared method minus each other one."""
+    ours = grid.options.compared
+    assert ours is not None
+    rows = []
+    for theirs in _present(grid, table):
+        if theirs != ours:
+            cells = [_interval(table.difference(ours, theirs, metric, figure), decimals(metric)) for figure in FIGURES]
+            rows.append([_shown(grid, theirs), *cells])
+    return markdown([f"{_shown(grid, ours)} minus", *FIGURES.values()], rows) if rows else ""
+
+
+def _interval(interval: Interval | None, places: int) -> str:
+    if interval is None:
+        return DASH
+    mean, low, high = (format_score(value, places) for value in interval)
+    if interval.low is None:
+        return mean
+    return f"{mean} [{low}, {high}]{' †' if interval.excludes_zero else ''}"
+
+
+def _beside_the_paper(grid: Grid, table: Table) -> Iterator[str]:
+    paper = TABLES.get(grid.options.paper or "")
+    if paper is None or paper.metric not in set(table.frame.metric):
+        return
+    rows = []
+    for method in _present(grid, table):
+        ours = [_spread(table.summary(method, paper.metric, figure), 2) for figure in ("last", "bwt", "ap")]
+        theirs = [format_score(paper.rows.get(method, {}).get(figure)) for figure in ("last", "bwt", "ap")]
+        rows.append([_shown(grid, method), *(cell for both in zip(ours, theirs, strict=True) for cell in both)])
+    heads = [f"{name}, {whose}" for name in ("Last", "BWT", "AP") for whose in ("ours", "paper")]
+    yield "### Beside the paper"
+    yield f"Ours: {label(paper.metric).lower()}. The paper's: {paper.caption} Only signs and orders can be compared."
+    yield markdown(["Method", *heads], rows)
+
+
+def _means(grid: Grid, table: Table, metric: str, heads: Mapping[str, str], decimals: int) -> str:
+    """Means over seeds of figures without ranks."""
+    rows = []
+    for method in _present(grid, table):
+        summaries = [table.summary(method, metric, figure) for figure in heads]
+        rows.append([_shown(grid, method), *(format_score(s.mean if s else None, decimals) for s in summaries)])
+    return markdown(["Method", *heads.values()], rows)
+
+
+def _tuning(grid: Grid, tuning: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if not tuning or grid.tuning is None:
+        return
+    yield "## Learning rates"
+    yield (
+        f"Both stages' learning rates times one factor, chosen per method by mean log σ(r) on {grid.tuning.pairs} training "
+        f"rows of `{grid.tuning_task}` that nothing else uses, after training on the rest of that task alone, with seed 0."
+    )
+    scales = list(tuning[0]["scores"])
+    rows = []
+    for row in tuning:
+        tuned = f"{row['method']} ({row['regime']})" if row["regime"] != ANY else row["method"]
+        taken = ", ".join(dict.fromkeys(method for method, _ in row["variants"]))
+        best = DASH if row["chosen"] is None else f"{row['chosen']:g}"
+        rows.append([tuned, *(format_score(row["scores"][s].get("mean_log_sigmoid"), 4) for s in scales), best, taken])
+    yield markdown(["Tuned", *(f"× {scale}" for scale in scales), "Chosen", "Taken by"], rows)
+
+
+def _tasks(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if not tasks:
+        return
+    cues = list(tasks[0]["cues"])
+    yield "## Tasks and trivial cues"
+    yield "What a surface feature alone scores on the held-out pairs, in percent; where it is far from 50 there is a short cut."
+    rows = []
+    for task in tasks:
+        scores = [format_score(task["cues"][cue], 1) for cue in cues]
+        rows.append([task["task"], str(task["train"]), str(task["held_out"]), *scores])
+    yield markdown(["Task", "Training pairs", "Held-out pairs", *(cue.replace("_", " ") for cue in cues)], rows)
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table; the first column is text, the others are numbers."""
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -1,0 +1,220 @@
+"""Run the cells of a study: one process each, several at a time, and a record of how each of them ended."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lifealign.errors import UserError
+from lifealign.runtime import checkpoint
+from lifealign.runtime.files import read_json, write_json
+from lifealign.runtime.terminal import console
+from lifealign.study.grid import Cell
+
+RECORD, OUTPUT = "cell.json", "output.txt"
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 10.0
+"""How long a cell that is asked to end may take before it is killed. What it loses is the stage it was in."""
+
+MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes that ru_maxrss counts in
+
+
+@dataclass
+class Record:
+    """``cell.json``: how a cell ended, and what it took over all its attempts. Without exit code: it has not ended."""
+
+    overrides: list[str]
+    exit_code: int | None = None
+    wall_seconds: float = 0.0
+    peak_memory_mib: float = 0.0  # largest resident set of the process
+    steps: int | None = None  # optimiser steps
+    attempts: int = 0
+
+
+def read_record(cell: Cell) -> Record | None:
+    path = cell.folder / RECORD
+    return Record(**read_json(path)) if path.exists() else None
+
+
+def is_finished(cell: Cell) -> bool:
+    record = read_record(cell)
+    return record is not None and record.exit_code == 0
+
+
+def check_settings(cells: Sequence[Cell]) -> None:
+    """Raises UserError where a cell's folder holds a run, or a part of one, with other settings."""
+    for cell in cells:
+        record = read_record(cell)
+        if record is None or record.overrides == list(cell.overrides):
+            continue
+        if record.exit_code == 0 or checkpoint.newest_folder(cell.folder / "checkpoints") is not None:
+            changed = sorted(set(record.overrides) ^ set(cell.overrides))
+            raise UserError(
+                f"{cell.folder} was run with other settings ({', '.join(changed)}); "
+                "another study.dir=DIR starts a new study, removing that folder runs this cell again"
+            )
+
+
+@dataclass
+class _Running:
+    cell: Cell
+    record: Record
+    process: subprocess.Popen[bytes]
+    started: float = field(default_factory=time.monotonic)
+
+
+class Runner:
+    """Runs cells that are not finished yet.
+
+    Args:
+        script: launch/train.py.
+        parallel: cells at once; each gets an equal share of the cores.
+        lock: a file descriptor that every cell inherits, so that the lock on it is held while any of them lives.
+    """
+
+    def __init__(self, script: Path, parallel: int, lock: int) -> None:
+        self.script, self.parallel, self.lock = script, parallel, lock
+        self.running: list[_Running] = []
+        self.signal: int | None = None
+        """The signal that ended the study, if one did."""
+
+    def run(self, cells: Sequence[Cell], title: str) -> None:
+        """Run what is left of ``cells``; returns early on SIGINT or SIGTERM, with all processes ended."""
+        check_settings(cells)
+        by_folder = {cell.folder: cell for cell in reversed(cells)}
+        unique = list(reversed(by_folder.values()))
+        waiting = deque(cell for cell in unique if not is_finished(cell))
+        with self._signals(), _progress(title, len(unique), len(unique) - len(waiting)) as progress:
+            try:
+                while self.signal is None and (waiting or self.running):
+                    while waiting and len(self.running) < self.parallel:
+                        self.running.append(self._start(waiting.popleft()))
+                    self._reap(progress)
+                    progress.update(progress.task_ids[0], cells="; ".join(r.cell.name for r in self.running))
+                    time.sleep(POLL_SECONDS)
+            finally:
+                self._end_all(progress)
+
+    def _start(self, cell: Cell) -> _Running:
+        before = read_record(cell) or Record([])
+        record = Record(list(cell.overrides), None, before.wall_seconds, before.peak_memory_mib, None, before.attempts + 1)
+        write_json(cell.folder / RECORD, asdict(record))
+        words = [sys.executable, str(self.script), *cell.overrides, f"run.dir={_quoted(cell.folder)}", "resume=auto"]
+        with open(cell.folder / OUTPUT, "wb") as output:
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                start_new_session=True,  # a Ctrl-C in the terminal reaches the study alone, which then ends its cells
+                pass_fds=(self.lock,),
+            )
+        return _Running(cell, record, process)
+
+    def _environment(self) -> dict[str, str]:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // self.parallel))}
+
+    def _reap(self, progress: Progress) -> None:
+        """Take note of the cells that have ended."""
+        for running in list(self.running):
+            pid, status, usage = os.wait4(running.process.pid, os.WNOHANG)
+            if pid:
+                running.process.returncode = os.waitstatus_to_exitcode(status)
+                self.running.remove(running)
+                self._note(running, usage.ru_maxrss * MAXRSS_UNIT / 2**20, progress)
+
+    def _note(self, running: _Running, peak_mib: float, progress: Progress) -> None:
+        cell, record, code = running.cell, running.record, running.process.returncode
+        record.exit_code = None if self.signal is not None and code < 0 else code
+        record.wall_seconds += time.monotonic() - running.started
+        record.peak_memory_mib = max(record.peak_memory_mib, peak_mib)
+        record.steps = newest_state(cell.folder).get("steps")
+        write_json(cell.folder / RECORD, asdict(record))
+        progress.advance(progress.task_ids[0])
+        ending = {0: "finished", None: "stopped"}.get(record.exit_code) or f"exit code {code}: {last_line(cell)}"
+        bar = progress.tasks[0]
+        console.print(f"{bar.completed:.0f}/{bar.total:.0f} {cell.name}: {ending}, {record.wall_seconds:.0f} s", markup=False)
+
+    def _end_all(self, progress: Progress) -> None:
+        """Ask every cell that still runs to end, and see to it that it does."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for running in self.running:
+                os.killpg(running.process.pid, number)
+            while self.running and (number == signal.SIGKILL or time.monotonic() < deadline):
+                self._reap(progress)
+                time.sleep(POLL_SECONDS / 4)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Inside, SIGINT and SIGTERM are taken note of; the loop looks, so that no process is lost half started."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.signal = number
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Inside, the study's folder belongs to this process and its cells. Yields the descriptor that holds the lock.
+
+    Raises:
+        UserError: where it belongs to another, or cells of a study that was killed still run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"study.dir={folder}: a study, or a cell of one, is running there; wait for it or end it"
+            ) from error
+        yield file.fileno()
+
+
+def newest_state(folder: Path) -> dict[str, Any]:
+    """``state.json`` of a run's newest checkpoint; empty where there is none."""
+    newest = checkpoint.newest_folder(folder / "checkpoints")
+    return read_json(newest / checkpoint.STATE) if newest else {}
+
+
+def last_line(cell: Cell) -> str:
+    """The last thing that a cell said."""
+    path = cell.folder / OUTPUT
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.exists() else []
+    return lines[-1].strip() if lines else "it said nothing"
+
+
+def _quoted(path: Path) -> str:
+    """A path as the value of an override, whatever characters are in it."""
+    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _progress(title: str, total: int, done: int) -> Progress:
+    """A bar over cells and the names of those that run. Where standard output is no terminal, a line a cell is all there is."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+    more = (TimeRemainingColumn(), TextColumn("{task.fields[cells]}", markup=False))
+    progress = Progress(*columns, *more, console=console, disable=not console.is_terminal)
+    progress.add_task(title, total=total, completed=done, cells="")
+    return progress

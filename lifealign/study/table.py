@@ -1,0 +1,111 @@
+"""``results.csv``: every figure of every finished cell, a row each; and figures picked out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lifealign.evaluation.scores import metric_info
+from lifealign.run import consolidation_summary
+from lifealign.runtime.files import read_json_lines
+from lifealign.study.grid import ANY
+from lifealign.study.results import Result
+
+COLUMNS = ("study", "method", "regime", "sequence", "seed", "metric", "figure", "value")
+FIGURES = {"last": "Last", "bwt": "BWT", "bwt_learned": "BWT, learned tasks", "ap": "AP"}
+COST, TEXT, LOGS = "cost", "text_mean", "logs"
+IN_TEXT_MEAN = ("bleu4_char", "rouge_l", "judge")
+"""The paper's tables hold the mean of these three; ours of those that were scored."""
+
+SLMC_FIGURES = {
+    "kept rank": "kept_rank",
+    "kept energy": "kept_energy",
+    "share in the span of history": "history_share",
+    "refined norm / update norm": "norm_ratio",
+}
+STEP_FIGURES = ("gated_share", "focal_weight")
+
+
+def tidy(study: str, results: Sequence[Result]) -> pd.DataFrame:
+    """All rows of ``results.csv``; a figure that does not exist (BWT of joint training) has no value."""
+    rows = [
+        (study, r.cell.method, r.cell.regime, r.cell.sequence, r.cell.seed, *figure) for r in results for figure in figures(r)
+    ]
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"value": float})
+
+
+def figures(result: Result) -> Iterator[tuple[str, str, float | None]]:
+    """(metric, figure, value) of a cell."""
+    by_metric = {name: _continual(result, name) for name in result.book.metrics}
+    in_mean = [by_metric[name] for name in IN_TEXT_MEAN if name in by_metric]
+    if in_mean:
+        by_metric[TEXT] = {figure: _mean([of[figure] for of in in_mean]) for figure in FIGURES}
+    for metric, of in by_metric.items():
+        yield from ((metric, figure, value) for figure, value in of.items())
+    for name in result.book.metrics:
+        for task, value in zip(result.book.tasks, result.book.matrix(name)[-1], strict=True):
+            yield name, f"last:{task}", value
+    yield COST, "wall_seconds", result.record.wall_seconds
+    yield COST, "peak_memory_mib", result.record.peak_memory_mib
+    yield COST, "steps", result.record.steps
+    yield from ((LOGS, figure, value) for figure, value in logged(result).items())
+
+
+def _continual(result: Result, metric: str) -> dict[str, float | None]:
+    known = result.book.figures(metric) | {"bwt_learned": result.bwt_learned(metric)}
+    return {figure: known[figure] for figure in FIGURES}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if any(value is None for value in values) else float(np.mean(values))  # type: ignore[arg-type]
+
+
+def logged(result: Result) -> dict[str, float]:
+    """What consolidation and the focal objective did, in the mean over a cell's stages and steps; what it has of them.
+
+    The first update has no past, so it is left out of the share in the span of history.
+    """
+    entries: list[dict[str, Any]] = consolidation_summary(result.cell.folder)
+    found = {}
+    for shown, figure in SLMC_FIGURES.items():
+        values = [entry[shown] for entry in (entries[1:] if figure == "history_share" else entries)]
+        if values:
+            found[figure] = float(np.mean(values))
+    steps = [row for row in read_json_lines(result.cell.folder / "metrics.jsonl") if row["kind"] == "step"]
+    for figure in STEP_FIGURES:
+        values = [row[figure] for row in steps if row.get(figure) is not None]
+        if values:
+            found[figure] = float(np.mean(values))
+    return found
+
+
+def of_table(frame: pd.DataFrame, sequence: str, regime: str) -> pd.DataFrame:
+    """Rows of one table: those of a regime, and of the methods that regimes do not concern."""
+    return frame[(frame.sequence == sequence) & frame.regime.isin([regime, ANY])]
+
+
+def values(frame: pd.DataFrame, method: str, metric: str, figure: str) -> dict[int, float]:
+    """A figure of a method by seed, where it exists."""
+    picked = frame[(frame.method == method) & (frame.metric == metric) & (frame.figure == figure)].dropna(subset="value")
+    return dict(zip(picked.seed.astype(int), picked.value.astype(float), strict=True))
+
+
+def metrics(frame: pd.DataFrame) -> list[str]:
+    """Metrics with scores, in the order in which they came."""
+    return [name for name in frame.metric.unique() if name not in (COST, LOGS)]
+
+
+def label(metric: str) -> str:
+    """A metric's name with its unit and direction."""
+    if metric == TEXT:
+        return "Mean of the text metrics (0–100)"
+    info = metric_info(metric)
+    return info.label if info.higher_is_better else f"{info.label} ↓"
+
+
+def decimals(metric: str) -> int:
+    """Two for percentages and scores up to 100, four for nats: small models move them little."""
+    return 4 if "nats" in metric_info(metric).unit else 2

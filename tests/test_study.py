@@ -1,0 +1,318 @@
+"""Studies: what is asked for, which cells that makes, how they are run, resumed and ended; and one small study whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from support import REPOSITORY, command, end_here
+
+from lifealign.command import conf_dir, exit_codes
+from lifealign.errors import UserError
+from lifealign.runtime.files import read_json, write_json
+from lifealign.study.command import study
+from lifealign.study.grid import ANY, Cell, Grid, merged
+from lifealign.study.options import load, read_arguments
+from lifealign.study.runner import Runner, is_finished, locked, read_record
+from lifealign.study.tuning import best_scale, choose, trials
+
+STUDIES = sorted(path.stem for path in (conf_dir() / "study").glob("*.yaml"))
+WITH_BUFFER = "study.only=[seqft,er]"
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_reads(name: str) -> None:
+    options = load(name)
+    assert options.compared in options.methods
+    assert options.tuning is not None and options.tuning.scales == [0.5, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["+study=mian"], "did you mean 'main'"),
+        ([], "name one study"),
+        (["study=main", "study.sedes=[1]"], "did you mean 'seeds'"),
+        (["study=main", "study.seeds=x"], "study.seeds=x"),
+        (["study=main", "study.parallel=0"], "study.parallel=0"),
+        (["study=main", "study.tuning.scales=[0,1]"], "study.tuning.scales=[0.0, 1.0]"),
+        (["study=main", "study.only=[erx]"], "did you mean 'er'"),
+        (["study=main", "study.only_regimes=[non]"], "did you mean 'none'"),
+        (["study=main", "study.methods.er.tuned_as=nobody"], "study.methods.er.tuned_as=nobody"),
+        (["study=main", "seed=3"], "study.seeds"),
+        (["study=main", "run.dir=x"], "study.dir"),
+        (["study=main", "-m"], "'-m'"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments: list[str], told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_arguments(arguments)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_the_studys_and_what_is_passed_on() -> None:
+    options, passed = read_arguments(["study=main", "+study.seeds=[7]", "data.max_train=8", "model=tiny"])
+    assert options.seeds == [7] and passed == ["data.max_train=8", "model=tiny"]
+
+
+def test_a_sweep_is_a_method_a_value() -> None:
+    methods = load("sensitivity").methods
+    swept = methods["lambda_0.25"]
+    assert swept.overrides == [*methods["lifealign"].overrides, "strategy.projection_scale=0.25"]
+    assert (swept.shown, swept.tuned_as) == ("λ = 0.25", "lifealign")
+    assert methods["memory_rank_null"].overrides[-1] == "strategy.memory_rank=null"
+
+
+# -- grid --------------------------------------------------------------------------------------------------------------
+
+
+def grid(*arguments: str) -> Grid:
+    return Grid(*read_arguments(["study=main", *arguments]))
+
+
+def test_of_two_overrides_of_a_key_the_later_counts() -> None:
+    assert merged(["+sequence=a", "x=1"], ["y=2"], ["x=3", "sequence=b"]) == ("sequence=b", "x=3", "y=2")
+
+
+def test_a_method_without_buffer_runs_once_and_one_with_it_in_every_regime() -> None:
+    cells = grid(WITH_BUFFER, "study.seeds=[0,1]", "study.tuning=null").cells({})
+    assert [(c.method, c.regime) for c in cells if c.seed == 1] == [
+        ("seqft", ANY), ("er", "none"), ("er", "twenty"), ("er", "fifth"),
+    ]  # fmt: skip
+    assert len({cell.folder for cell in cells}) == 8
+    last = cells[-1].overrides
+    assert {"strategy=er", "objective=dpo", "strategy.buffer_size=3000", "seed=1"} <= {*last}
+    assert not any(override.startswith(("data.tuning", "sft.lr")) for override in last)
+
+
+def test_what_is_passed_on_beats_what_is_common_and_not_what_makes_the_method() -> None:
+    cells = grid("study.only=[er]", "study.only_regimes=[twenty]", "study.tuning=null", "checkpoint.keep=2").cells({})
+    assert "checkpoint.keep=2" in cells[0].overrides and "checkpoint.keep=1" not in cells[0].overrides
+    cells = grid("study.only=[er]", "study.only_regimes=[twenty]", "study.tuning=null", "strategy.buffer_size=5").cells({})
+    assert "strategy.buffer_size=20" in cells[0].overrides
+
+
+def test_cells_with_the_same_settings_share_a_folder() -> None:
+    """Of five values of lambda one is that of the method itself, 0.5: four folders more, not five."""
+    options = load("sensitivity", ["seeds=[0]", "tuning=null"])
+    options.only = ["lifealign", *(name for name in options.methods if name.startswith("lambda_"))]
+    cells = Grid(options, []).cells({})
+    assert len(cells) == 6 and len({cell.folder for cell in cells}) == 5
+    assert {c.folder for c in cells if c.method == "lambda_0.5"} == {c.folder for c in cells if c.method == "lifealign"}
+
+
+def test_a_typo_in_what_is_passed_on_is_told_before_anything_starts(tmp_path: Path) -> None:
+    def main() -> None:
+        with exit_codes():
+            study(sys.argv[1:], tmp_path / "no script")
+
+    ended = end_here(main, "+study=main", WITH_BUFFER, "data.max_trian=8", f"study.dir={tmp_path / 'study'}")
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert "did you mean 'data.max_train'" in ended.err
+    assert not (tmp_path / "study").exists()
+
+
+# -- tuning ------------------------------------------------------------------------------------------------------------
+
+
+def test_short_runs_are_shared_and_see_the_slice_alone(tmp_path: Path) -> None:
+    """ER takes SeqFT's rate, whatever its buffer. The bundled rates are 2e-3 and 1e-3; half of them 1e-3 and 5e-4."""
+    small = grid(WITH_BUFFER, "study.tuning.scales=[0.5,1]", "study.tuning.pairs=9", f"study.dir={tmp_path}")
+    (trial,) = trials(small)
+    assert (trial.place, len(trial.variants)) == (("seqft", ANY), 4)
+    wanted = {"sequence.tasks=[instruct]", "data.tuning=true", "data.tuning_pairs=9", "data.tuning_task=instruct", "seed=0"}
+    assert wanted | {"sft.lr=0.001", "preference.lr=0.0005", "strategy=seqft"} <= {*trial.cells[0.5].overrides}
+    for cell in small.cells(dict.fromkeys(trial.variants, 0.5)):
+        assert {"data.tuning_pairs=9", "data.tuning_task=instruct", "sft.lr=0.001"} <= {*cell.overrides}
+        assert "data.tuning=true" not in cell.overrides
+
+
+def test_a_regime_that_is_another_base_is_tuned_by_itself() -> None:
+    options = load("backbones", ["seeds=[0]", "only=[er]", "regimes.half=[model=tiny,model.lora.r=4]"])
+    assert [trial.place for trial in trials(Grid(options, []))] == [("seqft", "tiny"), ("seqft", "half")]
+
+
+def test_the_best_scale_is_the_nearest_to_one_of_equals() -> None:
+    def scored(value: float | None) -> dict[str, float | None]:
+        return {"mean_log_sigmoid": value}
+
+    assert best_scale({0.5: scored(-0.7), 1.0: scored(-0.6), 2.0: scored(-0.65)}) == 1.0
+    assert best_scale({0.5: scored(-0.6), 1.0: scored(-0.6), 4.0: scored(-0.6)}) == 1.0
+    assert best_scale({0.5: scored(-0.7), 1.0: {}, 2.0: scored(None)}) == 0.5  # a run that diverged has no score
+    assert best_scale({1.0: {}}) is None
+
+
+def test_no_rate_is_chosen_before_all_short_runs_have_ended(tmp_path: Path) -> None:
+    small = grid(WITH_BUFFER, "study.tuning.scales=[1,2]", f"study.dir={tmp_path}")
+    (trial,) = trials(small)
+
+    def end(scale: float, code: int | None, score: float | None) -> None:
+        cell = trial.cells[scale]
+        write_json(cell.folder / "cell.json", {"overrides": list(cell.overrides), "exit_code": code})
+        write_json(cell.folder / "scores.json", {"metrics": {"mean_log_sigmoid": {"last": score}}})
+
+    end(1.0, 0, -0.6)
+    end(2.0, None, -0.5)  # was interrupted
+    assert {*choose(small).values()} == {None} and small.cells(choose(small)) == []
+    end(2.0, 0, -0.5)
+    assert {*choose(small).values()} == {2.0}
+    (row,) = read_json(tmp_path / "tuning.json")
+    assert row["scores"] == {"1": {"mean_log_sigmoid": -0.6}, "2": {"mean_log_sigmoid": -0.5}} and row["chosen"] == 2
+    end(2.0, 1, -0.5)  # diverged
+    assert {*choose(small).values()} == {1.0}
+
+
+# -- runner ------------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, pathlib, sys, time
+folder = pathlib.Path(next(w for w in sys.argv if w.startswith("run.dir="))[9:-1].replace("\\\\'", "'"))
+words = dict(w.split("=", 1) for w in sys.argv[1:])
+assert words["resume"] == "auto"
+log = open(pathlib.Path(words["log"]), "a")
+print("start", time.monotonic(), os.environ["OMP_NUM_THREADS"], file=log, flush=True)
+time.sleep(float(words["sleep"]))
+print("end", time.monotonic(), 0, file=log, flush=True)
+if words["code"] != "0" and not (folder / "second").exists():
+    (folder / "second").touch()
+    print("error: so it goes")
+    sys.exit(int(words["code"]))
+"""
+"""Stands for launch/train.py: notes when it ran, sleeps, and fails the first time where it is told to."""
+
+
+class Bench:
+    """A place to run cells of the script above."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log, self.script = folder, folder / "log", folder / "script.py"
+        self.script.write_text(SCRIPT)
+
+    def cell(self, number: int, sleep: float = 0.0, code: int = 0) -> Cell:
+        overrides = (f"log={self.log}", f"sleep={sleep}", f"code={code}")
+        return Cell("s", "m", ANY, number, self.folder / "cells, it's" / str(number), overrides)
+
+    def run(self, cells: list[Cell], parallel: int = 2) -> Runner:
+        with locked(self.folder) as lock:
+            runner = Runner(self.script, parallel, lock)
+            runner.run(cells, "title")
+        return runner
+
+    def events(self) -> list[list[str]]:
+        return [line.split() for line in self.log.read_text().splitlines()] if self.log.exists() else []
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def test_a_failed_cell_stops_no_other_and_is_tried_again(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
+    cells = [bench.cell(0, code=3), bench.cell(1), bench.cell(2)]
+    bench.run(cells, parallel=1)
+    assert [read_record(cell).exit_code for cell in cells] == [3, 0, 0]
+    assert "exit code 3: error: so it goes" in capfd.readouterr().out
+    bench.run(cells, parallel=1)
+    assert [read_record(cell).exit_code for cell in cells] == [0, 0, 0]
+    assert [read_record(cell).attempts for cell in cells] == [2, 1, 1]
+    assert len(bench.events()) == 2 * 4  # what was finished did not run again
+
+
+def test_no_more_cells_at_once_than_asked_for_and_each_has_its_share_of_cores(bench: Bench) -> None:
+    bench.run([bench.cell(number, sleep=0.3) for number in range(4)])
+    events = sorted(bench.events(), key=lambda event: float(event[1]))
+    running, most = 0, 0
+    for what, _, threads in events:
+        running += 1 if what == "start" else -1
+        most = max(most, running)
+        assert what == "end" or int(threads) == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert (most, running, len(events)) == (2, 0, 8)
+
+
+def test_the_record_holds_time_over_attempts_and_memory(bench: Bench) -> None:
+    cell = bench.cell(0, sleep=0.4, code=1)
+    bench.run([cell])
+    first = read_record(cell).wall_seconds
+    bench.run([cell])
+    record = read_record(cell)
+    assert first >= 0.4 and record.wall_seconds >= first + 0.4
+    assert 5 < record.peak_memory_mib < 20_000
+    assert record.overrides == list(cell.overrides) and record.steps is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_cells_and_leaves_the_rest_to_the_next_call(bench: Bench, number: signal.Signals) -> None:
+    cells = [bench.cell(0), bench.cell(1, sleep=60), bench.cell(2)]
+
+    def interrupt() -> None:
+        while len(bench.events()) < 3:  # the first has ended, the second has begun
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    handler = signal.getsignal(number)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    started = time.monotonic()
+    runner = bench.run(cells, parallel=1)
+    thread.join()
+    assert runner.signal == number and time.monotonic() - started < 20
+    assert signal.getsignal(number) is handler
+    assert [is_finished(cell) for cell in cells] == [True, False, False]
+    assert read_record(cells[1]).exit_code is None and read_record(cells[2]) is None
+
+
+def test_a_folder_with_other_settings_is_refused(bench: Bench) -> None:
+    """What has failed before it left a checkpoint may be run with other settings: that is how a mistake is mended."""
+    finished, failed = bench.cell(0), bench.cell(1, code=2)
+    bench.run([finished, failed])
+    other = Cell("s", "m", ANY, 0, finished.folder, (*finished.overrides, "more=1"))
+    with pytest.raises(UserError, match=r"other settings \(more=1\)"):
+        bench.run([other])
+    mended = Cell("s", "m", ANY, 1, failed.folder, (*failed.overrides, "more=1"))
+    bench.run([mended])
+    assert is_finished(mended)
+
+
+def test_one_study_at_a_time_in_a_folder(bench: Bench) -> None:
+    with locked(bench.folder), pytest.raises(UserError, match="is running there"), locked(bench.folder):
+        pass
+
+
+# -- whole -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_small_study_from_its_command_to_its_page(tmp_path: Path) -> None:
+    """Two methods, one seed, two tasks. The page alone can be had again."""
+    words = [
+        sys.executable, str(REPOSITORY / "launch" / "study.py"), "+study=main", WITH_BUFFER, "study.only_regimes=[twenty]",
+        "study.seeds=[0]", "study.tuning=null", "study.compared=er", f"study.dir={tmp_path / 'study'}",
+        "sequence.tasks=[instruct,hc3]", "data.max_train=8", "data.max_eval=8", "sft.epochs=1", "preference.epochs=1",
+        "evaluation.metrics=[preference_accuracy]",
+    ]  # fmt: skip
+    ended = command(*words, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "2 of 2 cells finished" in ended.stdout
+    folder = tmp_path / "study"
+    frame = pd.read_csv(folder / "results.csv")
+    scores = read_json(folder / "cells" / "six_domains" / "er" / "twenty" / "seed0" / "scores.json")
+    own = frame[(frame.method == "er") & (frame.metric == "preference_accuracy")].set_index("figure").value
+    assert own["last"] == scores["metrics"]["preference_accuracy"]["last"]
+    assert own["last:hc3"] == scores["metrics"]["preference_accuracy"]["matrix"][1][1]
+    record = read_json(folder / "cells" / "six_domains" / "seqft" / ANY / "seed0" / "cell.json")
+    assert record["exit_code"] == 0 and record["steps"] == 4  # two tasks, two stages, one batch of eight each
+
+    page = (folder / "study.md").read_text()
+    assert "**2 of 2 cells finished**" in page and "| ER minus |" in page and "| instruct | 8 | 8 |" in page
+    assert (folder / "methods_six_domains_preference_accuracy.png").read_bytes().startswith(b"\x89PNG")
+    (folder / "study.md").unlink()
+    assert study([*words[2:], "study.report_only=true"], Path(words[1])) == 0
+    assert "**2 of 2 cells finished**" in (folder / "study.md").read_text()
+    assert read_json(folder / "cells" / "six_domains" / "seqft" / ANY / "seed0" / "cell.json") == record
