@@ -21,7 +21,7 @@ from lifealign.data.tokenize import Pair
 from lifealign.errors import UserError
 from lifealign.evaluation.evaluate import Evaluator
 from lifealign.evaluation.scores import ScoreBook
-from lifealign.models.adapter import read_added, read_factors, save_adapter, write_added, write_factors
+from lifealign.models.adapter import factor_shapes, read_added, read_factors, save_adapter, write_added, write_factors
 from lifealign.models.loading import attach_lora, enable_gradient_checkpointing, load_base, load_tokenizer, pad_token_id
 from lifealign.models.policy import Policy, choose_head, choose_layout, choose_operations
 from lifealign.models.scoring import ReferenceLogps, pair_row
@@ -245,6 +245,7 @@ class Lifelong:
         self.steps = state["steps"]
         self.book = self._extended(ScoreBook.from_json(state["scores"]))
         self.timing.update(state["timing"])
+        self._check_adapter(parts["adapter"])
         write_factors(self.policy.model, parts["adapter"], dict.fromkeys(parts["adapter"], 0))
         write_added(self.policy, parts["added"])
         self.reference.load_state_dict(parts["reference"])
@@ -258,6 +259,14 @@ class Lifelong:
             return before.extended(self.book.tasks)
         except ValueError as error:
             raise UserError(f"sequence.tasks: {error}; a run can only be given further tasks at the end") from error
+
+    def _check_adapter(self, saved: Mapping[str, torch.Tensor]) -> None:
+        shapes = factor_shapes(self.policy.model)
+        if any(value.shape != shapes[name] for name, value in saved.items()):
+            raise UserError(
+                f"{self.folder}: its adapter is of another shape; strategy={self.strategy.name} makes one for as many tasks as a "
+                "run begins with, so give the tasks it had, or another run.dir"
+            )
 
     def _check_data(self, before: dict[str, str]) -> None:
         changed = [t.name for t in self.tasks if t.name in before and before[t.name] != t.data_hash]

@@ -56,7 +56,7 @@ def estimate(config: Config, tasks: int) -> Estimate:
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve_path(config.model)))
         skeleton.tie_weights()
         base = sum(p.numel() for p in skeleton.parameters())
-        model = attach_lora(skeleton, config.model.lora, seed=config.seed)
+        model = attach_lora(skeleton, config.strategy.lora(config.model.lora, tasks), seed=config.seed)
     factors = sum(shape.numel() for shape in factor_shapes(model).values())
     ranks, stage = distributed.world_size(), config.zero.stage
     width = torch.finfo(torch.bfloat16).bits // 8 if config.model.dtype is BaseDtype.bfloat16 else FLOAT32

@@ -39,6 +39,7 @@ ONE_TASK = (
     "sft.epochs=1",
     "preference.epochs=1",
     "evaluation.metrics=[preference_accuracy]",
+    "checkpoint.keep=3",
 )
 """One optimiser step a stage, on five pairs."""
 
@@ -276,13 +277,16 @@ def test_stored_gradients_are_running_averages_of_past_stages(after_one: Lifelon
 # Runs
 
 
-@pytest.mark.parametrize("options", [("strategy=gem",), ("strategy=agem", "zero=1"), ("strategy=gem_released", "zero=2")])
-def test_the_first_stage_is_that_of_seqft_bit_for_bit(options: tuple[str, ...], seqft: Path, tmp_path: Path) -> None:
-    """The first task, where constraints are of past tasks; with stored gradients the first stage, and no step after it."""
-    stages = ("preference.epochs=0",) if "strategy=gem_released" in options else ()
-    expected = train_here(tmp_path / "seqft", *ONE_TASK, *stages, "strategy=seqft") if stages else seqft
-    run = train_here(tmp_path / "run", *ONE_TASK, *stages, *options)
-    assert adapter(run / "adapter").equal(adapter(expected / "adapter"))
+def test_the_first_task_is_that_of_seqft_bit_for_bit(after_one: Lifelong, seqft: Path, tmp_path: Path) -> None:
+    """Constraints are of past tasks. Stored gradients are of past stages, and so leave the first stage alone."""
+    agem = train_here(tmp_path / "agem", *ONE_TASK, "strategy=agem", "zero=1")
+    for folder in (after_one.folder, agem):
+        assert adapter(folder / "adapter").equal(adapter(seqft / "adapter"))
+    stored = train_here(tmp_path / "stored", *ONE_TASK, "strategy=gem_released", "zero=2")
+    before, after = (load_file(folder / "checkpoints" / "00001" / "tensors.safetensors") for folder in (seqft, stored))
+    names = [name for name in before if name.startswith("adapter/")]
+    assert names and all(after[name].equal(before[name]) for name in names)
+    assert "strategy/0" in after
 
 
 def test_a_second_task_is_the_same_at_every_stage_of_zero(after_one: Lifelong, seqft: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,15 @@ ROWS = [
     Row([2100, 2101], [[40, 41, 42, 43], [9]]),
     Row([500, 501, 502, 40, 503, 504, 505], [[60, 2], [61, 62, 2]]),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products of this size gain nothing from a second thread, and wait for it where a machine is shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def bundled(**options: Any) -> tuple[Policy, L2P]:

@@ -100,7 +100,7 @@ def test_a_task_begins_where_distillation_has_no_slope(tmp_path: Path) -> None:
     is at its least, and its gradient 0. A strong distillation then keeps margins from growing as those of seqft do: DPO pulls
     with at most 1/2 against strength / 4 times the distance.
     """
-    small = ("objective=dpo", "sft.epochs=0", "evaluation.metrics=[reward_margin]", "data.max_eval=2")
+    small = ("objective=dpo", "sft.epochs=0", "preference.epochs=4", "evaluation.metrics=[reward_margin]", "data.max_eval=2")
     plain = train_here(tmp_path / "plain", "strategy=seqft", *small)
     held = train_here(tmp_path / "held", "strategy=lwf", "strategy.strength=3000", *small)
     before, after = rows(plain), rows(held)

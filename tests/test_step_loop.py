@@ -21,7 +21,7 @@ from support import QUICK, compose_config
 import lifealign.trainer
 from lifealign.assets import SIX_DOMAINS
 from lifealign.config import build
-from lifealign.data.batch import Batch, Extent, Row, RowLayout, collate, extent
+from lifealign.data.batch import Extent, Row, RowLayout, collate, extent
 from lifealign.data.tasks import load_tasks
 from lifealign.data.tokenize import Pair
 from lifealign.errors import TrainingDiverged

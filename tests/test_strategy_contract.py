@@ -46,7 +46,7 @@ COMMON = (
     "cache.enabled=false",
 )
 
-STARTS_AS_SEQFT = {"er", "ewc", "gem", "agem", "kl", "lwf", "stl"}
+STARTS_AS_SEQFT = {"er", "ewc", "gem", "agem", "cppo", "kl", "lwf", "stl"}
 """Strategies that have nothing to say before there is a past: after one task their adapter is seqft's."""
 
 Tensors = dict[str, torch.Tensor]

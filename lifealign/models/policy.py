@@ -84,11 +84,14 @@ class Policy(nn.Module):
     def without_adapter(self) -> Iterator[None]:
         """Inside, the policy is the reference: the base alone."""
         prefix, self.prefix = self.prefix, ()
+        trained = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
             with self.model.disable_adapter():
                 yield
         finally:
             self.prefix = prefix
+            for parameter, is_trained in trained:  # PEFT takes every adapter that comes back to be trained
+                parameter.requires_grad_(is_trained)
 
 
 def gathered(parameters: list[nn.Parameter], *, modifier_rank: int | None = None) -> Any:

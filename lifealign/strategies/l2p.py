@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -45,8 +44,7 @@ class L2P(Strategy):
                 raise UserError(f"strategy.{key}={getattr(self, key)}: must be 0 or more")
 
     def setup_model(self, policy: Policy, seed: int) -> None:
-        _freeze(policy)
-        policy.register_forward_pre_hook(_freeze)
+        policy.model.requires_grad_(False)
         generator = seeded_generator(seed, "prompt pool")
         self.pool = PromptPool(policy, size=self.pool_size, length=self.prompt_length, top_k=self.top_k, generator=generator)
 
@@ -54,7 +52,6 @@ class L2P(Strategy):
         self.selections = torch.zeros(self.pool_size)
 
     def begin_stage(self, context: Context) -> None:
-        _freeze(context.run.policy)
         shares = self.selections / self.selections.sum().clamp(min=1)
         # Prompts that were never selected would all cost nothing; a small share leaves them to their distances.
         self.pool.penalty = (shares.clamp(min=1e-6) ** self.diversity).to(self.pool.penalty.device)
@@ -74,8 +71,3 @@ class L2P(Strategy):
 
     def load_state_dict(self, state: State) -> None:
         self.selections = state.tensors["selections"]
-
-
-def _freeze(policy: Policy, *call: Any) -> None:
-    """Leave the pool alone to be trained. PEFT takes an adapter to be trained whenever it comes back from the reference."""
-    policy.model.requires_grad_(False)
