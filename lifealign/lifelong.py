@@ -264,7 +264,7 @@ class Lifelong:
         shapes = factor_shapes(self.policy.model)
         if any(value.shape != shapes[name] for name, value in saved.items()):
             raise UserError(
-                f"{self.folder}: its adapter is of another shape; strategy={self.strategy.name} makes one for as many tasks as a "
+                f"{self.folder}: its adapter is of another shape; strategy={self.strategy.name} makes one for the tasks that a "
                 "run begins with, so give the tasks it had, or another run.dir"
             )
 

@@ -23,7 +23,7 @@ from lifealign.study.runner import Runner, is_finished, locked, read_record
 from lifealign.study.tuning import best_scale, choose, trials
 
 STUDIES = sorted(path.stem for path in (conf_dir() / "study").glob("*.yaml"))
-WITH_BUFFER = "study.only=[seqft,er]"
+WITH_BUFFER, EVERY_REGIME = "study.only=[seqft,er]", "study.only_regimes=null"
 
 # -- options -----------------------------------------------------------------------------------------------------------
 
@@ -83,7 +83,7 @@ def test_of_two_overrides_of_a_key_the_later_counts() -> None:
 
 
 def test_a_method_without_buffer_runs_once_and_one_with_it_in_every_regime() -> None:
-    cells = grid(WITH_BUFFER, "study.seeds=[0,1]", "study.tuning=null").cells({})
+    cells = grid(WITH_BUFFER, EVERY_REGIME, "study.seeds=[0,1]", "study.tuning=null").cells({})
     assert [(c.method, c.regime) for c in cells if c.seed == 1] == [
         ("seqft", ANY), ("er", "none"), ("er", "twenty"), ("er", "fifth"),
     ]  # fmt: skip
@@ -125,7 +125,8 @@ def test_a_typo_in_what_is_passed_on_is_told_before_anything_starts(tmp_path: Pa
 
 def test_short_runs_are_shared_and_see_the_slice_alone(tmp_path: Path) -> None:
     """ER takes SeqFT's rate, whatever its buffer. The bundled rates are 2e-3 and 1e-3; half of them 1e-3 and 5e-4."""
-    small = grid(WITH_BUFFER, "study.tuning.scales=[0.5,1]", "study.tuning.pairs=9", f"study.dir={tmp_path}")
+    sizes = "study.tuning.scales=[0.5,1]", "study.tuning.pairs=9"
+    small = grid(WITH_BUFFER, EVERY_REGIME, *sizes, f"study.dir={tmp_path}")
     (trial,) = trials(small)
     assert (trial.place, len(trial.variants)) == (("seqft", ANY), 4)
     wanted = {"sequence.tasks=[instruct]", "data.tuning=true", "data.tuning_pairs=9", "data.tuning_task=instruct", "seed=0"}

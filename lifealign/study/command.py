@@ -29,7 +29,7 @@ def study(arguments: Sequence[str], script: Path) -> int:
     """
     options, passed = read_arguments(arguments)
     grid = Grid(options, passed)
-    with locked(options.folder) as lock:
+    with locked(options.runs_folder) as lock:
         runner = Runner(script, options.parallel, lock)
         if not options.report_only:
             _run(grid, runner)

@@ -142,7 +142,7 @@ class Grid:
             rates = learning_rates(config, scale) if scales else []
             same = settings_hash({**resolved(config), "rates": rates})
             for seed in self.options.seeds:
-                folder = homes.setdefault((same, seed), self.options.folder.joinpath("cells", *place, f"seed{seed}"))
+                folder = homes.setdefault((same, seed), self.options.runs_folder.joinpath("cells", *place, f"seed{seed}"))
                 overrides = merged(self.overrides(*place), [f"seed={seed}"], rates)
                 cells.append(Cell(*place, seed, folder, overrides))
         return cells

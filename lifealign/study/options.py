@@ -82,11 +82,16 @@ class StudyOptions:
     only_regimes: list[str] | None = None
     parallel: int = 2  # cells that run at once; each gets an equal share of the cores
     dir: str | None = None  # null: runs/study/NAME
+    runs: str | None = None  # where cells and tuning runs lie; studies that name one folder share them. null: study.dir
     report_only: bool = False  # write the page from what is finished, and run nothing
 
     @property
     def folder(self) -> Path:
         return Path(self.dir or f"runs/study/{self.name}")
+
+    @property
+    def runs_folder(self) -> Path:
+        return Path(self.runs) if self.runs else self.folder
 
 
 def read_arguments(arguments: Iterable[str]) -> tuple[StudyOptions, list[str]]:

@@ -11,9 +11,10 @@ from lifealign.study.compare import Table
 from lifealign.study.grid import ANY, Grid
 from lifealign.study.paper import TABLES
 from lifealign.study.statistics import Interval, Summary, places
-from lifealign.study.table import COST, FIGURES, LOGS, SLMC_FIGURES, STEP_FIGURES, decimals, label, metrics
+from lifealign.study.table import COST, FIGURES, LOGS, SLMC_FIGURES, STABILITY, STEP_FIGURES, decimals, label, metrics
 
 DASH = "–"
+GAPS = {"worst": "Worst accuracy since learned (%)", "end": "Last looked at (%)", "gap": "Gap"}
 COSTS = {"wall_seconds": "Wall clock (s)", "peak_memory_mib": "Peak memory (MiB)", "steps": "Optimiser steps"}
 
 HOW_TO_READ = """\
@@ -86,6 +87,9 @@ def _section(grid: Grid, table: Table) -> Iterator[str]:
         if grid.options.compared in _present(grid, table):
             yield _differences(grid, table, metric)
     yield from _beside_the_paper(grid, table)
+    if STABILITY in set(table.frame.metric):
+        yield "### Old tasks while a new one is learned"
+        yield _means(grid, table, STABILITY, GAPS, 2)
     yield "### Cost"
     yield _means(grid, table, COST, COSTS, 0)
     logs = _means(grid, table, LOGS, {figure: shown for shown, figure in SLMC_FIGURES.items()} | _steps(), 3)

@@ -38,10 +38,10 @@ TABLES = {
         "Qwen2.5-7B-Instruct; BLEU-4 over characters.",
         "bleu4_char",
         {
-            "neither": {"last": 21.25, "bwt": -7.67},
+            "er": {"last": 21.25, "bwt": -7.67},
             "slmc_only": {"last": 27.12, "bwt": -1.39},
             "fpo_only": {"last": 25.40, "bwt": -3.68},
-            "both": {"last": 29.14, "bwt": 0.02},
+            "lifealign": {"last": 29.14, "bwt": 0.02},
         },
     ),
 }

@@ -64,7 +64,7 @@ def check_settings(cells: Sequence[Cell]) -> None:
             changed = sorted(set(record.overrides) ^ set(cell.overrides))
             raise UserError(
                 f"{cell.folder} was run with other settings ({', '.join(changed)}); "
-                "another study.dir=DIR starts a new study, removing that folder runs this cell again"
+                "another study.runs=DIR starts anew, removing that folder runs this cell again"
             )
 
 
@@ -187,9 +187,7 @@ def locked(folder: Path) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(
-                f"study.dir={folder}: a study, or a cell of one, is running there; wait for it or end it"
-            ) from error
+            raise UserError(f"{folder}: a study, or a cell of one, is running there; wait for it or end it") from error
         yield file.fileno()
 
 

@@ -10,13 +10,14 @@ import pandas as pd
 
 from lifealign.evaluation.scores import metric_info
 from lifealign.run import consolidation_summary
-from lifealign.runtime.files import read_json_lines
+from lifealign.runtime.files import read_json, read_json_lines
 from lifealign.study.grid import ANY
 from lifealign.study.results import Result
 
 COLUMNS = ("study", "method", "regime", "sequence", "seed", "metric", "figure", "value")
 FIGURES = {"last": "Last", "bwt": "BWT", "bwt_learned": "BWT, learned tasks", "ap": "AP"}
-COST, TEXT, LOGS = "cost", "text_mean", "logs"
+COST, TEXT, LOGS, STABILITY = "cost", "text_mean", "logs", "stability"
+NO_SCORES = (COST, LOGS, STABILITY)
 IN_TEXT_MEAN = ("bleu4_char", "rouge_l", "judge")
 """The paper's tables hold the mean of these three; ours of those that were scored."""
 
@@ -52,6 +53,10 @@ def figures(result: Result) -> Iterator[tuple[str, str, float | None]]:
     yield COST, "peak_memory_mib", result.record.peak_memory_mib
     yield COST, "steps", result.record.steps
     yield from ((LOGS, figure, value) for figure, value in logged(result).items())
+    gap = result.cell.folder / "stability.json"
+    if gap.exists():
+        found = read_json(gap)
+        yield from ((STABILITY, figure, found[figure]) for figure in ("worst", "end", "gap"))
 
 
 def _continual(result: Result, metric: str) -> dict[str, float | None]:
@@ -95,7 +100,7 @@ def values(frame: pd.DataFrame, method: str, metric: str, figure: str) -> dict[i
 
 def metrics(frame: pd.DataFrame) -> list[str]:
     """Metrics with scores, in the order in which they came."""
-    return [name for name in frame.metric.unique() if name not in (COST, LOGS)]
+    return [name for name in frame.metric.unique() if name not in NO_SCORES]
 
 
 def label(metric: str) -> str:

@@ -43,7 +43,7 @@ def _trial(grid: Grid, place: tuple[str, str], variants: list[tuple[str, str]]) 
     rates, cells = {}, {}
     for scale in grid.tuning.scales:
         rates[scale] = learning_rates(config, scale)
-        folder = grid.options.folder.joinpath("tuning", *place, f"scale_{scale:g}")
+        folder = grid.options.runs_folder.joinpath("tuning", sequence, *place, f"scale_{scale:g}")
         cells[scale] = Cell(f"{sequence}, learning rate x {scale:g}", *place, 0, folder, merged(overrides, rates[scale]))
     return Trial(place, variants, rates, cells)
 
