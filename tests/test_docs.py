@@ -105,7 +105,7 @@ def test_every_group_and_preset_is_documented() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_composes(preset: str) -> None:
     overrides = [preset] if preset.startswith("sequence=") else ["+sequence=six_domains", preset]
-    if preset == "model=custom":
+    if preset in ("model=custom", "experiment=small_base"):
         overrides.append("model.path=bundled")
     composed = compose_config(*overrides)
     check_keys(composed)
