@@ -182,17 +182,16 @@ class Lifelong:
         experience = self.plan[number]
         task = experience.task
         self.strategy.end_task(self._context(number))
-        scored = range(len(self.tasks)) if self.config.evaluation.forward else experience.scored
         predictions: list[dict[str, Any]] = []
         scores: dict[str, dict[str, float]] = {}
         with self._timed("evaluation"), inference_engine(self.policy, self.config.zero) as module:
-            for other in scored:
+            for other, rows in experience.scores(len(self.tasks), forward=self.config.evaluation.forward):
                 on = self.tasks[other]
                 result = self.evaluator.evaluate(module, on)
                 scores[on.name] = result.scores
                 predictions += [{"task": on.name, **row} for row in result.predictions]
                 for metric, value in result.scores.items():
-                    self.book.record_rows(metric, experience.rows, other, value)
+                    self.book.record_rows(metric, rows, other, value)
                 where = {"after": task.name, "on": on.name}
                 self.tracker.log("reference", {**where, **result.reference._asdict()})
                 self.tracker.log("evaluation", {**where, **result.scores})
@@ -245,7 +244,7 @@ class Lifelong:
         self.steps = state["steps"]
         self.book = self._extended(ScoreBook.from_json(state["scores"]))
         self.timing.update(state["timing"])
-        self._check_adapter(parts["adapter"])
+        self._check_weights(parts["adapter"], parts["added"])
         write_factors(self.policy.model, parts["adapter"], dict.fromkeys(parts["adapter"], 0))
         write_added(self.policy, parts["added"])
         self.reference.load_state_dict(parts["reference"])
@@ -256,16 +255,33 @@ class Lifelong:
     def _extended(self, before: ScoreBook) -> ScoreBook:
         """Scores of a run that may go on with tasks added to its sequence; the tasks it has met stay as they were."""
         try:
-            return before.extended(self.book.tasks)
+            book = before.extended(self.book.tasks)
         except ValueError as error:
             raise UserError(f"sequence.tasks: {error}; a run can only be given further tasks at the end") from error
+        if len(book.tasks) > len(before.tasks):
+            if len(self.plan) != len(self.tasks):
+                raise UserError(
+                    f"sequence.tasks: strategy={self.strategy.name} trains on all of its tasks at once, so none can be added; "
+                    "another run.dir starts anew"
+                )
+            self._fill_rows(book)
+        return book
 
-    def _check_adapter(self, saved: Mapping[str, torch.Tensor]) -> None:
-        shapes = factor_shapes(self.policy.model)
-        if any(value.shape != shapes[name] for name, value in saved.items()):
+    def _fill_rows(self, book: ScoreBook) -> None:
+        """Where models stay in use (STL), their scores stand in the rows of added tasks as well."""
+        for metric in book.metrics:
+            matrix = book.matrix(metric)
+            for experience in self.plan[: self.position.task]:
+                for task in experience.scored if len(experience.rows) > 1 else ():
+                    book.record_rows(metric, experience.rows, task, matrix[experience.rows[0]][task])
+
+    def _check_weights(self, adapter: Mapping[str, torch.Tensor], added: Mapping[str, torch.Tensor]) -> None:
+        """What is trained may have another shape where a run goes on with changed settings."""
+        saved = {name: value.shape for name, value in {**adapter, **added}.items()}
+        if saved != factor_shapes(self.policy.model) | {name: value.shape for name, value in self.policy.added.items()}:
             raise UserError(
-                f"{self.folder}: its adapter is of another shape; strategy={self.strategy.name} makes one for the tasks that a "
-                "run begins with, so give the tasks it had, or another run.dir"
+                f"{self.folder}: its adapter is of another shape; give it the model.lora.*, the strategy and, with "
+                "strategy=olora, the tasks that it had, or another run.dir"
             )
 
     def _check_data(self, before: dict[str, str]) -> None:

@@ -60,12 +60,11 @@ def rescore(folder: Path, overrides: Sequence[str]) -> ScoreBook:
     config, tasks = scorer.config, scorer.tasks
     book = ScoreBook([task.name for task in tasks])
     for adapter, experience in zip(finished_adapters(folder), config.strategy.plan(tasks), strict=False):
-        scored = range(len(tasks)) if config.evaluation.forward else experience.scored
-        predictions = []
-        for on, (task, result) in zip(scored, scorer.score(adapter, [tasks[i] for i in scored]), strict=True):
+        scores, predictions = experience.scores(len(tasks), forward=config.evaluation.forward), []
+        for (on, rows), (task, result) in zip(scores, scorer.score(adapter, [tasks[i] for i, _ in scores]), strict=True):
             predictions += [{"task": task.name, **row} for row in result.predictions]
             for metric, value in result.scores.items():
-                book.record_rows(metric, experience.rows, on, value)
+                book.record_rows(metric, rows, on, value)
         if distributed.is_main():
             write_json_lines(folder / "rescored" / f"{adapter.parent.name}.predictions.jsonl", predictions)
     if distributed.is_main():

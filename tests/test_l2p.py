@@ -343,3 +343,12 @@ def test_a_run_leaves_the_adapter_alone_and_is_scored_again_alike(tmp_path: Path
 def test_what_cannot_run_is_refused(overrides: list[str], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         build(compose_config("+sequence=six_domains", "strategy=l2p", *overrides))
+
+
+def test_the_prior_follows_the_pool_to_another_device() -> None:
+    """The policy is moved after the pool is made; on the device without storage a tensor left behind is an error."""
+    policy, strategy = bundled(diversity=1.0)
+    strategy.pool.penalty = torch.full((strategy.pool_size,), 0.5)
+    policy.to("meta")
+    selected, distances = strategy.pool.select(torch.empty(3, 192, device="meta"), penalised=True)
+    assert selected.shape == distances.shape == (3, strategy.top_k)

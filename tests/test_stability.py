@@ -59,3 +59,10 @@ def test_probes_of_a_run(tmp_path: Path) -> None:
         run / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
     assert not (plain / "stability.json").exists()
+
+
+def test_probes_need_no_preference_metric(tmp_path: Path) -> None:
+    """Reference log-probabilities of the pairs that are looked at have not been asked for by the evaluation."""
+    few = ("sft.epochs=1", "preference.epochs=0", "evaluation.metrics=[rouge_l]", "evaluation.max_new_tokens=2")
+    run = train_here(tmp_path / "run", *few, "evaluation.probe_every=2", "evaluation.probe_pairs=3", "cache.enabled=false")
+    assert json.loads((run / "stability.json").read_text())["tasks"].keys() == {"instruct"}

@@ -7,8 +7,10 @@ ranks, in one launch, into FOLDER.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +35,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "kl": ("strategy.max_new_tokens=6",),
     "lifealign": ("strategy.buffer_fraction=0.5",),
     "er": ("strategy.buffer=reservoir", "strategy.buffer_size=5"),
+    "lwf": ("strategy.strength=100",),
+    "cppo": ("strategy.retention=100",),
 }
 """What makes a strategy quick, or lets it do more on a dozen pairs than its defaults would."""
 
@@ -73,6 +77,11 @@ def distance(found: Tensors, expected: Tensors) -> float:
     return float((off / sum(value.double().square().sum() for value in expected.values())).sqrt())
 
 
+def learned(folder: Path) -> Tensors:
+    """The weights that start at zero, or that a strategy adds: what training has moved, and not where A was drawn."""
+    return {name: t for name, t in weights(folder).items() if "lora_A" not in name}
+
+
 def state(run: Path) -> tuple[Any, Tensors]:
     """What the strategy left in a finished run's last checkpoint."""
     found = checkpoint.newest(run / "checkpoints")
@@ -109,8 +118,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_are_as_good_as_one(name: str, whole: dict[str, Path], two_ranks: Path) -> None:
-    """Sums over ranks round differently; anything else, a sample or a mean that depends on the split, is far above 1e-3."""
-    assert distance(weights(two_ranks / name / "adapter"), weights(whole[name] / "adapter")) < 1e-3
+    """Sums over ranks round differently, and AdamW's first steps take the sign of gradients that are nearly zero.
+
+    So the distance is held against what the strategy itself does, its distance from sequential training: a sample or a
+    mean that depends on the split would change a good part of that.
+    """
+    one, two = (learned(folder / "adapter") for folder in (whole[name], two_ranks / name))
+    off = distance(two, one)
+    assert off < 5e-3
+    if (plain := learned(whole["seqft"] / "adapter")).keys() == one.keys() and name != "seqft":
+        assert off < 0.05 * distance(plain, one)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -192,6 +209,26 @@ def test_each_model_of_stl_is_scored_on_its_own_task(whole: dict[str, Path]) -> 
     assert again == first
     assert entry["last"] == pytest.approx((first + second) / 2)
     assert entry["bwt"] == 0
+
+
+def test_scores_of_tasks_to_come_do_not_replace_those_of_own_models() -> None:
+    """Row i holds what model i says of tasks after its own; the rows below keep each task's own score."""
+    plan = component("strategy", "stl")().plan([SimpleNamespace()] * 3)
+    filled = [(list(rows), on) for experience in plan for on, rows in experience.scores(3, forward=True)]
+    assert filled == [([0, 1, 2], 0), ([0], 1), ([0], 2), ([1, 2], 1), ([1], 2), ([2], 2)]
+
+
+@pytest.mark.parametrize("name", ["stl", "mtl"])
+def test_a_task_added_to_a_finished_run(name: str, whole: dict[str, Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(whole[name], tmp_path / "run"))
+    more = (*overrides(name), "sequence.tasks=[instruct,hc3,truthfulqa]", "resume=force")
+    if name == "mtl":
+        with pytest.raises(UserError, match=r"sequence\.tasks: strategy=mtl trains on all of its tasks at once"):
+            train_here(run, *more)
+        return
+    before = json.loads((run / "scores.json").read_text())["metrics"]["chosen_nll"]["matrix"][-1]
+    train_here(run, *more)
+    assert json.loads((run / "scores.json").read_text())["metrics"]["chosen_nll"]["matrix"][-1][:2] == before[:2]
 
 
 def test_joint_training_has_a_last_row_alone(whole: dict[str, Path]) -> None:

@@ -32,7 +32,7 @@ WITH_BUFFER, EVERY_REGIME = "study.only=[seqft,er]", "study.only_regimes=null"
 def test_every_study_reads(name: str) -> None:
     options = load(name)
     assert options.compared in options.methods
-    assert options.tuning is not None and options.tuning.scales == [0.5, 1, 2]
+    assert options.tuning is not None and options.tuning.scales == [0.5, 1, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,10 @@ def test_short_runs_are_shared_and_see_the_slice_alone(tmp_path: Path) -> None:
     small = grid(WITH_BUFFER, EVERY_REGIME, *sizes, f"study.dir={tmp_path}")
     (trial,) = trials(small)
     assert (trial.place, len(trial.variants)) == (("seqft", ANY), 4)
-    wanted = {"sequence.tasks=[instruct]", "data.tuning=true", "data.tuning_pairs=9", "data.tuning_task=instruct", "seed=0"}
-    assert wanted | {"sft.lr=0.001", "preference.lr=0.0005", "strategy=seqft"} <= {*trial.cells[0.5].overrides}
+    wanted = {"sequence.tasks=[instruct]", "data.tuning=true", "data.tuning_pairs=9", "data.tuning_task=instruct"}
+    for seed, cell in enumerate(trial.cells[0.5]):
+        own = {"sft.lr=0.001", "preference.lr=0.0005", "strategy=seqft", f"seed={seed}"}
+        assert wanted | own <= {*cell.overrides}
     for cell in small.cells(dict.fromkeys(trial.variants, 0.5)):
         assert {"data.tuning_pairs=9", "data.tuning_task=instruct", "sft.lr=0.001"} <= {*cell.overrides}
         assert "data.tuning=true" not in cell.overrides
@@ -156,7 +158,10 @@ def test_no_rate_is_chosen_before_all_short_runs_have_ended(tmp_path: Path) -> N
     (trial,) = trials(small)
 
     def end(scale: float, code: int | None, score: float | None) -> None:
-        cell = trial.cells[scale]
+        """Of the two short runs one is always at its end, with a score 0.2 below."""
+        cell, other = trial.cells[scale]
+        write_json(other.folder / "cell.json", {"overrides": list(other.overrides), "exit_code": 0})
+        write_json(other.folder / "scores.json", {"metrics": {"mean_log_sigmoid": {"last": (score or 0) - 0.2}}})
         write_json(cell.folder / "cell.json", {"overrides": list(cell.overrides), "exit_code": code})
         write_json(cell.folder / "scores.json", {"metrics": {"mean_log_sigmoid": {"last": score}}})
 
@@ -166,7 +171,8 @@ def test_no_rate_is_chosen_before_all_short_runs_have_ended(tmp_path: Path) -> N
     end(2.0, 0, -0.5)
     assert {*choose(small).values()} == {2.0}
     (row,) = read_json(tmp_path / "tuning.json")
-    assert row["scores"] == {"1": {"mean_log_sigmoid": -0.6}, "2": {"mean_log_sigmoid": -0.5}} and row["chosen"] == 2
+    assert row["scores"]["1"]["mean_log_sigmoid"] == pytest.approx(-0.7)  # the mean of -0.6 and -0.8
+    assert row["scores"]["2"]["mean_log_sigmoid"] == pytest.approx(-0.6) and row["chosen"] == 2
     end(2.0, 1, -0.5)  # diverged
     assert {*choose(small).values()} == {1.0}
 

@@ -59,23 +59,19 @@ class _Split:
     preferences: list[Preference]  # usable ones
     dropped: Counter[str]  # of the whole file
 
-    def numbers(self) -> set[str]:
-        """Rows of the source, the same whichever task reads them: ends of the ids."""
-        return {_number(preference) for preference in self.preferences}
-
     def without(self, other: _Split) -> _Split:
-        """The split less the rows that ``other`` has of the same source."""
+        """The split less the rows that ``other`` has of the same source, and less others with the prompt of one of them."""
         if self.rows.source != other.rows.source:
             return self
-        taken = other.numbers()
-        return replace(self, preferences=[p for p in self.preferences if _number(p) not in taken])
+        taken = {_prompt(preference) for preference in other.preferences}
+        return replace(self, preferences=[p for p in self.preferences if _prompt(p) not in taken])
 
 
 _Splits = tuple[_Split, _Split]  # training, then held-out
 
 
-def _number(preference: Preference) -> str:
-    return preference.id.rpartition("/")[2]
+def _prompt(preference: Preference) -> str:
+    return json.dumps(preference.prompt)
 
 
 def _checked(sequence: SequenceOptions, name: str, data: DataOptions, root: Path | None) -> _Splits:

@@ -69,9 +69,11 @@ class Evaluator:
         return Evaluation({name: scores[name] for name in self.options.metrics}, rows, counts)
 
     def probe(self, module: nn.Module, task: Task) -> dict[str, float]:
-        """The preference scores of the first few held-out pairs of a task that has been scored before."""
+        """The preference scores of the first few held-out pairs of a task."""
         sizes = {"batch_size": self.options.batch_size, "pad_token_id": pad_token_id(self.tokenizer)}
-        return self._preference(module, task.test[: self.options.probe_pairs], sizes)[2]
+        pairs = task.test[: self.options.probe_pairs]
+        self.reference.ensure(module, self.policy, pairs, **sizes)
+        return self._preference(module, pairs, sizes)[2]
 
     def _preference(
         self, module: nn.Module, pairs: Sequence[Pair], sizes: dict[str, int]

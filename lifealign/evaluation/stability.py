@@ -13,7 +13,7 @@ from typing import Any
 
 
 def stability(probes: Sequence[Mapping[str, Any]], metric: str = "preference_accuracy") -> dict[str, Any]:
-    """The worst and the last score of each task after its own training, and their means over tasks.
+    """The worst score of each task after its own training and the one of the last look at it, and their means over tasks.
 
     The mean of the worst scores is the paper's min-ACC (eq. 2), over all tasks but the one being learned.
 

@@ -37,7 +37,7 @@ class PromptPool:
         weight = self._embedding.weight
         self._first = len(weight)  # the placeholder of the first slot; no token has this id
         self.top_k = top_k
-        self.penalty = torch.ones(size, device=weight.device)  # factor on a prompt's distance while training
+        self.penalty = torch.ones(size)  # factor on a prompt's distance while training
         self.distances = torch.empty(0, top_k)  # (rows, top_k) of the rows read last, to the keys selected
         self._segments: torch.Tensor | None = None  # of the batch that the policy is reading
         self._ids: torch.Tensor | None = None  # with placeholders, while the embedding is looked up
@@ -62,7 +62,7 @@ class PromptPool:
             (rows, top_k) int64 numbers of prompts, and their cosine distances, differentiable in the keys.
         """
         distances = 1 - normalize(queries, dim=1) @ normalize(self._added["prompt_keys"], dim=1).T
-        cost = distances.detach() * (self.penalty if penalised else 1)
+        cost = distances.detach() * (self.penalty.to(distances.device) if penalised else 1)
         selected = cost.topk(self.top_k, largest=False).indices
         return selected, distances.gather(1, selected)
 

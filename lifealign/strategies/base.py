@@ -82,7 +82,12 @@ class Experience:
 
     task: Task
     scored: Sequence[int]  # positions of the tasks that are scored afterwards
-    rows: Sequence[int]  # rows of the score matrix that these scores fill
+    rows: Sequence[int]  # rows of the score matrix that these scores fill: more than one where a model stays in use
+
+    def scores(self, tasks: int, *, forward: bool) -> list[tuple[int, Sequence[int]]]:
+        """(position of a task, rows that its score fills); with ``forward`` the tasks still to come, in the first row alone."""
+        ahead = range(max(self.scored) + 1, tasks) if forward else ()
+        return [*((task, self.rows) for task in self.scored), *((task, self.rows[:1]) for task in ahead)]
 
 
 class Seen(NamedTuple):

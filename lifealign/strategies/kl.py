@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from lifealign.data.batch import Row, collate
+from lifealign.data.tokenize import Pair
 from lifealign.errors import UserError
 from lifealign.evaluation.generation import sample
 from lifealign.models.loading import pad_token_id
@@ -80,9 +81,13 @@ class Distillation(Strategy):
         terms = torch.zeros(len(seen.pairs), device=seen.logps.device)
         if places:
             rows = [Row(seen.pairs[i].prompt, [self.answers[keys[i]]]) for i in places]
-            scale = self.strength * len(context.task.train) / sum(map(len, self.answers.values()))
+            scale = self.strength * len(context.task.train) / self._tokens(context.task.train)
             terms[places] = -scale * self._logps(context.run, rows)
         return {"kl": terms}
+
+    def _tokens(self, pairs: Sequence[Pair]) -> int:
+        """Tokens of answers that an epoch over the task's pairs meets; a pair that stands twice has its answer twice."""
+        return sum(len(self.answers.get(pair_key(pair).hex(), ())) for pair in pairs)
 
     def _logps(self, run: Run, rows: list[Row]) -> torch.Tensor:
         """(rows,) log-probability of each row's one response, differentiable."""

@@ -54,7 +54,7 @@ class L2P(Strategy):
     def begin_stage(self, context: Context) -> None:
         shares = self.selections / self.selections.sum().clamp(min=1)
         # Prompts that were never selected would all cost nothing; a small share leaves them to their distances.
-        self.pool.penalty = (shares.clamp(min=1e-6) ** self.diversity).to(self.pool.penalty.device)
+        self.pool.penalty = shares.clamp(min=1e-6) ** self.diversity
 
     def pair_terms(self, context: Context, seen: Seen) -> Mapping[str, torch.Tensor]:
         """The pull on the keys; where a pair stands on two lines, both have the same query and count half."""

@@ -84,7 +84,7 @@ class OLoRA(Strategy):
         return {"orthogonality": self.orthogonality * torch.stack(overlaps).sum(), "l2": self.l2 * torch.stack(sizes).sum()}
 
     def end_stage(self, context: Context) -> Sequence[Mapping[str, Any]]:
-        """Blocks of other tasks go back to the bit: they have no gradient, but weight decay shrinks them all the same."""
+        """Blocks of other tasks go back to the bit: they have no gradient, but weight decay shrinks them meanwhile."""
         model, values = context.run.policy.model, self.before
         for name, after in read_factors(model).items():
             self._block(name, values[name], self.task).copy_(self._block(name, after, self.task))

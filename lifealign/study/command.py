@@ -44,7 +44,7 @@ def study(arguments: Sequence[str], script: Path) -> int:
 
 def _run(grid: Grid, runner: Runner) -> None:
     """The short runs that choose learning rates, then the cells whose rate is known."""
-    short = [cell for trial in trials(grid) for cell in trial.cells.values()]
+    short = [cell for trial in trials(grid) for cells in trial.cells.values() for cell in cells]
     if short:
         runner.run(short, "tuning")
     if runner.signal is None:

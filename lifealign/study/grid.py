@@ -118,8 +118,8 @@ class Grid:
         return like, (regime if self._of_first_task(regime) else ANY)
 
     def tuning_overrides(self, method: str, regime: str) -> tuple[str, ...]:
-        """A run on the first task alone, scored on the slice."""
-        here = [f"sequence.tasks=[{self.tuning_task}]", "data.tuning=true", "seed=0"]
+        """A run on the first task alone, scored on the slice; without seed."""
+        here = [f"sequence.tasks=[{self.tuning_task}]", "data.tuning=true"]
         here.append(f"evaluation.metrics=[{','.join(TUNING_METRICS)}]")
         own = self.options.methods[method].overrides
         return merged(self._shared(self.options.sequences[0]), own, self._of_first_task(regime), here)

@@ -54,7 +54,8 @@ class SweepOptions:
 class TuningOptions:
     """How a method's learning rate is chosen: see docs/studies.md."""
 
-    scales: list[float] | None = field(default_factory=lambda: [0.5, 1.0, 2.0])  # factors on sft.lr and preference.lr
+    scales: list[float] | None = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0])  # factors on sft.lr and preference.lr
+    seeds: list[int] = field(default_factory=lambda: [0, 1])  # a short run each; the best mean is taken
     pairs: int = 50  # training rows of the first task set aside for it, in every cell
     task: str | None = None  # whose rows; null: the first task of the first sequence
 
@@ -171,6 +172,8 @@ def _check(options: StudyOptions) -> None:
         raise UserError(f"study.parallel={options.parallel}: must be at least 1")
     if options.tuning and (options.tuning.scales == [] or min(options.tuning.scales or [1]) <= 0):
         raise UserError(f"study.tuning.scales={options.tuning.scales}: give factors above 0, or null for no tuning")
+    if options.tuning and not options.tuning.seeds:
+        raise UserError("study.tuning.seeds is empty; a learning rate is chosen by at least one short run")
     if options.tuning and options.tuning.pairs < 1:
         raise UserError(f"study.tuning.pairs={options.tuning.pairs}: must be at least 1")
     for label in (*options.methods, *options.regimes):

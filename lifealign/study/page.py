@@ -186,7 +186,8 @@ def _tuning(grid: Grid, tuning: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "## Learning rates"
     yield (
         f"Both stages' learning rates times one factor, chosen per method by mean log σ(r) on {grid.tuning.pairs} training "
-        f"rows of `{grid.tuning_task}` that nothing else uses, after training on the rest of that task alone, with seed 0."
+        f"rows of `{grid.tuning_task}` that nothing else uses, after training on the rest of that task alone; means over "
+        f"seeds {', '.join(map(str, grid.tuning.seeds))}. \\*: at the edge of the grid, beyond which another might be better."
     )
     scales = list(tuning[0]["scores"])
     rows = []
@@ -194,6 +195,7 @@ def _tuning(grid: Grid, tuning: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         tuned = f"{row['method']} ({row['regime']})" if row["regime"] != ANY else row["method"]
         taken = ", ".join(dict.fromkeys(method for method, _ in row["variants"]))
         best = DASH if row["chosen"] is None else f"{row['chosen']:g}"
+        best += " \\*" if best in (scales[0], scales[-1]) else ""
         rows.append([tuned, *(format_score(row["scores"][s].get("mean_log_sigmoid"), 4) for s in scales), best, taken])
     yield markdown(["Tuned", *(f"× {scale}" for scale in scales), "Chosen", "Taken by"], rows)
 

@@ -1,12 +1,13 @@
 """The learning rate of each method, chosen from one small grid on rows of the first task that nothing else uses.
 
-Short runs on the first task alone, one a scale, are scored by mean log σ(r) on the slice; the best scale multiplies both
+Short runs on the first task alone, a few a scale, are scored by mean log σ(r) on the slice; the best scale multiplies both
 stages' learning rates in all cells of the method. A method may take over another's (``tuned_as``).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lifealign.runtime.files import read_json, write_json
@@ -18,12 +19,12 @@ CRITERION = TUNING_METRICS[0]
 
 @dataclass(frozen=True)
 class Trial:
-    """The short runs of a (method, regime), a cell a scale, and the variants that share them."""
+    """The short runs of a (method, regime), and the variants that share them."""
 
     place: tuple[str, str]
     variants: list[tuple[str, str]]
     rates: dict[float, list[str]]
-    cells: dict[float, Cell]
+    cells: dict[float, list[Cell]]  # by scale, one a seed
 
 
 def trials(grid: Grid) -> list[Trial]:
@@ -42,17 +43,21 @@ def _trial(grid: Grid, place: tuple[str, str], variants: list[tuple[str, str]]) 
     config, sequence = composed(overrides), grid.options.sequences[0]
     rates, cells = {}, {}
     for scale in grid.tuning.scales:
-        rates[scale] = learning_rates(config, scale)
-        folder = grid.options.runs_folder.joinpath("tuning", sequence, *place, f"scale_{scale:g}")
-        cells[scale] = Cell(f"{sequence}, learning rate x {scale:g}", *place, 0, folder, merged(overrides, rates[scale]))
+        rates[scale], cells[scale] = learning_rates(config, scale), []
+        for seed in grid.tuning.seeds:
+            folder = grid.options.runs_folder.joinpath("tuning", sequence, *place, f"scale_{scale:g}_seed{seed}")
+            own = merged(overrides, [f"seed={seed}"], rates[scale])
+            cells[scale].append(Cell(f"{sequence}, learning rate x {scale:g}", *place, seed, folder, own))
     return Trial(place, variants, rates, cells)
 
 
-def scores(cell: Cell) -> dict[str, float | None]:
-    """What a short run scored on the slice, by metric; empty where it has not finished."""
-    if not is_finished(cell):
+def scores(cells: Sequence[Cell]) -> dict[str, float | None]:
+    """What the short runs of a rate scored on the slice, by metric, means over seeds; empty where one has not finished."""
+    if not all(is_finished(cell) for cell in cells):
         return {}
-    return {name: entry["last"] for name, entry in read_json(cell.folder / "scores.json")["metrics"].items()}
+    each = [read_json(cell.folder / "scores.json")["metrics"] for cell in cells]
+    values = {name: [of[name]["last"] for of in each] for name in each[0]}
+    return {name: None if None in of else math.fsum(of) / len(of) for name, of in values.items()}
 
 
 def best_scale(by_scale: dict[float, dict[str, float | None]]) -> float | None:
@@ -66,8 +71,9 @@ def choose(grid: Grid) -> Scales:
     chosen: dict[tuple[str, str], float | None] = {}
     rows = []
     for trial in trials(grid):
-        by_scale = {scale: scores(cell) for scale, cell in trial.cells.items()}
-        best = best_scale(by_scale) if all(_has_ended(cell) for cell in trial.cells.values()) else None
+        by_scale = {scale: scores(cells) for scale, cells in trial.cells.items()}
+        ended = all(_has_ended(cell) for cells in trial.cells.values() for cell in cells)
+        best = best_scale(by_scale) if ended else None
         chosen |= dict.fromkeys(trial.variants, best)
         rows.append(
             {
