@@ -126,7 +126,8 @@ def test_two_ranks_are_as_good_as_one(name: str, whole: dict[str, Path], two_ran
     one, two = (learned(folder / "adapter") for folder in (whole[name], two_ranks / name))
     off = distance(two, one)
     assert off < 5e-3
-    if (plain := learned(whole["seqft"] / "adapter")).keys() == one.keys() and name != "seqft":
+    plain = learned(whole["seqft"] / "adapter")
+    if name != "seqft" and {key: t.shape for key, t in plain.items()} == {key: t.shape for key, t in one.items()}:
         assert off < 0.05 * distance(plain, one)
 
 

@@ -18,7 +18,7 @@ class L2P(Strategy):
     """The base and its adapter stay as they are; the loss of a pair (eq. 5) gains ``pull`` times the distances of its keys.
 
     A row reads the ``top_k`` prompts whose keys are nearest to its query (eq. 3), so tasks whose prompts differ train
-    different prompts of the pool, and nobody need know the task of a row. Defaults are the paper's for split CIFAR-100.
+    different prompts of the pool, and nobody need know the task of a row. Sizes are in the range of the paper's experiments.
 
     ``diversity`` is its optional prior on task boundaries (eq. 4): while a task trains, a prompt's distance is multiplied
     by the share of earlier selections that fell on it. The exponent on that share is ours: 0 is eq. 3, 1 is eq. 4. Shares
