@@ -24,7 +24,7 @@ train: install
 	$(BIN)/deepspeed launch/train.py +sequence=six_domains
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: install
 	$(BIN)/python -m pytest

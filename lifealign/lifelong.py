@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lifealign.assets import SIX_DOMAINS
 from lifealign.config import Config, settings_hash
@@ -20,6 +21,7 @@ from lifealign.data.tasks import Task, load_tasks
 from lifealign.data.tokenize import Pair
 from lifealign.errors import UserError
 from lifealign.evaluation.evaluate import Evaluator
+from lifealign.evaluation.judge import Judge, judge_folder
 from lifealign.evaluation.scores import ScoreBook
 from lifealign.models.adapter import factor_shapes, read_added, read_factors, save_adapter, write_added, write_factors
 from lifealign.models.loading import attach_lora, enable_gradient_checkpointing, load_base, load_tokenizer, pad_token_id
@@ -88,7 +90,7 @@ class Lifelong:
             batch_size=config.evaluation.batch_size,
         )
         self.strategy.setup(self.run_info)
-        self.evaluator = Evaluator(self.policy, self.reference, self.tokenizer, config.evaluation, beta=config.objective.beta)
+        self.evaluator = make_evaluator(config, self.policy, self.reference, self.tokenizer)
         self.book = ScoreBook([task.name for task in self.tasks])
         self.position = Position()
         self.steps = 0
@@ -195,6 +197,8 @@ class Lifelong:
                 where = {"after": task.name, "on": on.name}
                 self.tracker.log("reference", {**where, **result.reference._asdict()})
                 self.tracker.log("evaluation", {**where, **result.scores})
+                if result.judged is not None:
+                    self.tracker.log("judge", {**where, **result.judged.counts()})
         left = self.folder / "tasks" / f"{number + 1:02d}_{task.name}"
         with self._timed("saving"):
             save_adapter(self.policy, left / "adapter")
@@ -299,6 +303,19 @@ class Lifelong:
             yield
         finally:
             self.timing[what] += time.perf_counter() - started
+
+
+def make_evaluator(config: Config, policy: Policy, reference: ReferenceLogps, tokenizer: PreTrainedTokenizerBase) -> Evaluator:
+    """What scores a run's tasks, with the judge that it names, if any.
+
+    Raises:
+        UserError: where the judge cannot be asked; before hours of training, and not after.
+    """
+    options, sources, judge = config.evaluation, config.sequence.sources, None
+    if "judge" in options.metrics:
+        tasks = {task: sources[task].of if task in sources else None for task in config.sequence.tasks}
+        judge = Judge(options.judge, judge_folder(config.cache.dir), tasks)
+    return Evaluator(policy, reference, tokenizer, options, beta=config.objective.beta, judge=judge)
 
 
 def make_policy(config: Config, tasks: Sequence[Task]) -> Policy:

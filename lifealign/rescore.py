@@ -8,9 +8,9 @@ from pathlib import Path
 from lifealign.assets import SIX_DOMAINS
 from lifealign.config import Config, build, load_run
 from lifealign.data.tasks import Task, load_tasks
-from lifealign.evaluation.evaluate import Evaluation, Evaluator
+from lifealign.evaluation.evaluate import Evaluation
 from lifealign.evaluation.scores import ScoreBook, closing_table
-from lifealign.lifelong import make_policy
+from lifealign.lifelong import make_evaluator, make_policy
 from lifealign.memory.edit import finished_adapters
 from lifealign.models.adapter import load_adapter
 from lifealign.models.loading import load_tokenizer
@@ -39,8 +39,7 @@ class Scorer:
         self.tasks = load_tasks(self.config.sequence, self.config.data, tokenizer, SIX_DOMAINS)
         self.policy = make_policy(self.config, self.tasks)
         reference = ReferenceLogps(self.config.cache)
-        options, beta = self.config.evaluation, self.config.objective.beta
-        self._evaluator = Evaluator(self.policy, reference, tokenizer, options, beta=beta)
+        self._evaluator = make_evaluator(self.config, self.policy, reference, tokenizer)
 
     def score(self, adapter: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task, Evaluation]]:
         """Scores and predictions of an adapter's folder on each task."""

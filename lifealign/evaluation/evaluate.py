@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lifealign.data.tasks import Task
 from lifealign.data.tokenize import Pair
 from lifealign.evaluation.generation import generate
+from lifealign.evaluation.judge import Item, Judge, JudgeResult
 from lifealign.evaluation.options import EvaluationOptions
 from lifealign.evaluation.preference import PREFERENCE_METRICS, preference_metrics
 from lifealign.evaluation.text import TEXT_METRICS
@@ -23,11 +24,12 @@ from lifealign.models.scoring import ReferenceCounts, ReferenceLogps, score_pair
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by metric, what the policy said of each held-out pair, and where the reference came from."""
+    """Scores by metric, what the policy said of each held-out pair, where the reference came from, and what a judge took."""
 
     scores: dict[str, float]
     predictions: list[dict[str, Any]]
     reference: ReferenceCounts
+    judged: JudgeResult | None = None
 
 
 @dataclass
@@ -39,13 +41,14 @@ class Evaluator:
     tokenizer: PreTrainedTokenizerBase
     options: EvaluationOptions
     beta: float
+    judge: Judge | None = None  # where it is among the metrics
 
     def evaluate(self, module: nn.Module, task: Task) -> Evaluation:
         """Score ``module``, the policy or the engine around it, on the task's held-out pairs."""
         pairs = task.test
         wanted = set(self.options.metrics)
         scores: dict[str, float] = {}
-        counts = ReferenceCounts(0, 0, 0)
+        counts, judged = ReferenceCounts(0, 0, 0), None
         rows = [{"id": p.id, "prompt": p.prompt_text, "chosen": p.chosen_text, "rejected": p.rejected_text} for p in pairs]
         if wanted & set(PREFERENCE_METRICS):
             sizes = {"batch_size": self.options.batch_size, "pad_token_id": pad_token_id(self.tokenizer)}
@@ -66,7 +69,14 @@ class Evaluator:
             for row, text in zip(rows, texts, strict=False):
                 row["prediction"] = text
             scores |= {name: metric(texts, [p.chosen_text for p in answered]) for name, metric in TEXT_METRICS.items()}
-        return Evaluation({name: scores[name] for name in self.options.metrics}, rows, counts)
+            if self.judge is not None:
+                items = [Item(pair.prompt_text, text) for pair, text in zip(answered, texts, strict=True)]
+                judged = self.judge.grade(task.name, items)
+                assert judged.score is not None, "a judge that graded nothing has raised"
+                scores["judge"] = judged.score
+                for row, grade in zip(rows, judged.grades, strict=False):
+                    row["judge"] = grade
+        return Evaluation({name: scores[name] for name in self.options.metrics}, rows, counts, judged)
 
     def probe(self, module: nn.Module, task: Task) -> dict[str, float]:
         """The preference scores of the first few held-out pairs of a task."""

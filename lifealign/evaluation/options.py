@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lifealign.errors import UserError, did_you_mean
+from lifealign.evaluation.judge.options import JudgeOptions
 from lifealign.evaluation.preference import PREFERENCE_METRICS
 from lifealign.evaluation.text import TEXT_METRICS
 
@@ -20,9 +21,10 @@ class EvaluationOptions:
     max_generations: int | None = None  # held-out prompts a task that are answered; None: all
     probe_every: int | None = None  # optimiser steps between two looks at old tasks while a new one is learned; None: never
     probe_pairs: int = 64  # held-out pairs a task that such a look takes
+    judge: JudgeOptions = field(default_factory=JudgeOptions)  # asked where metrics name it
 
     def __post_init__(self) -> None:
-        known = [*PREFERENCE_METRICS, *TEXT_METRICS]
+        known = [*PREFERENCE_METRICS, *TEXT_METRICS, "judge"]
         for name in self.metrics:
             if name not in known:
                 raise UserError(f"evaluation.metrics: unknown metric '{name}'{did_you_mean(name, known)}")
@@ -33,4 +35,4 @@ class EvaluationOptions:
 
     @property
     def generates(self) -> bool:
-        return any(name in TEXT_METRICS for name in self.metrics)
+        return any(name in TEXT_METRICS or name == "judge" for name in self.metrics)

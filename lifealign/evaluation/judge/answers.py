@@ -39,6 +39,11 @@ class JudgeResult:
     def failed(self) -> int:
         return len(self.grades) - self.scored
 
+    def counts(self) -> dict[str, object]:
+        """What a log holds of it."""
+        known = {"scored": self.scored, "failed": self.failed, "cached": self.cached, "requests": self.requests}
+        return {**known, "failures": dict(self.failures)}
+
 
 def judge_folder(chosen: str | None) -> Path:
     """Where verdicts are kept: beside the reference log-probabilities, below ``cache.dir`` or the environment's choice."""

@@ -30,6 +30,7 @@ class LocalJudge:
         device = distributed.device()
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self._special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
             dtype = torch.float32 if device.type == "cpu" else "auto"
             self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
         except (OSError, ValueError, KeyError) as error:
@@ -58,7 +59,12 @@ class LocalJudge:
         return {reply: chance / sum(alone.values()) for reply, chance in alone.items()}
 
     def _prompt(self, text: str) -> list[int]:
-        """The question as a user's turn with the assistant's opened, or, without a chat template, as plain text."""
+        """The question as a user's turn with the assistant's opened, or, without a chat template, as plain text.
+
+        A judged text may spell the tokens that end a turn; they are taken apart, so that no text opens one of its own.
+        """
+        for token in self._special:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
         if not self.tokenizer.chat_template:
             return self.tokenizer(text + "\n\n").input_ids
         turns = [{"role": "user", "content": text}]
