@@ -241,10 +241,10 @@ def diverge(folder: Path) -> str:
     calls = 0
     usual = FPO.__call__
 
-    def spoilt(self: FPO, policy: torch.Tensor, reference: torch.Tensor) -> PreferenceLoss:
+    def spoilt(self: FPO, *arguments: torch.Tensor) -> PreferenceLoss:
         nonlocal calls
         calls += 1
-        result = usual(self, policy, reference)
+        result = usual(self, *arguments)
         return result._replace(losses=result.losses * float("nan")) if calls == 2 and distributed.rank() == 1 else result
 
     with mock.patch.object(FPO, "__call__", spoilt):

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -145,7 +146,7 @@ def test_a_regime_that_is_another_base_is_tuned_by_itself() -> None:
 
 def test_the_best_scale_is_the_nearest_to_one_of_equals() -> None:
     def scored(value: float | None) -> dict[str, float | None]:
-        return {"mean_log_sigmoid": value}
+        return {"mean_log_sigmoid": value, "chosen_nll": 2.0}
 
     assert best_scale({0.5: scored(-0.7), 1.0: scored(-0.6), 2.0: scored(-0.65)}) == 1.0
     assert best_scale({0.5: scored(-0.6), 1.0: scored(-0.6), 4.0: scored(-0.6)}) == 1.0
@@ -153,17 +154,26 @@ def test_the_best_scale_is_the_nearest_to_one_of_equals() -> None:
     assert best_scale({1.0: {}}) is None
 
 
+def test_a_rate_is_not_good_that_sharpens_preferences_at_the_cost_of_likelihood() -> None:
+    """-0.6 less an NLL of 1.0 beats -0.4 less 1.3."""
+    calm, hot = {"mean_log_sigmoid": -0.6, "chosen_nll": 1.0}, {"mean_log_sigmoid": -0.4, "chosen_nll": 1.3}
+    assert best_scale({1.0: calm, 4.0: hot}) == 1.0
+
+
 def test_no_rate_is_chosen_before_all_short_runs_have_ended(tmp_path: Path) -> None:
     small = grid(WITH_BUFFER, "study.tuning.scales=[1,2]", f"study.dir={tmp_path}")
     (trial,) = trials(small)
+
+    def scored(value: float | None) -> dict[str, Any]:
+        return {"metrics": {"mean_log_sigmoid": {"last": value}, "chosen_nll": {"last": 2.0}}}
 
     def end(scale: float, code: int | None, score: float | None) -> None:
         """Of the two short runs one is always at its end, with a score 0.2 below."""
         cell, other = trial.cells[scale]
         write_json(other.folder / "cell.json", {"overrides": list(other.overrides), "exit_code": 0})
-        write_json(other.folder / "scores.json", {"metrics": {"mean_log_sigmoid": {"last": (score or 0) - 0.2}}})
+        write_json(other.folder / "scores.json", scored((score or 0) - 0.2))
         write_json(cell.folder / "cell.json", {"overrides": list(cell.overrides), "exit_code": code})
-        write_json(cell.folder / "scores.json", {"metrics": {"mean_log_sigmoid": {"last": score}}})
+        write_json(cell.folder / "scores.json", scored(score))
 
     end(1.0, 0, -0.6)
     end(2.0, None, -0.5)  # was interrupted

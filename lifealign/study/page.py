@@ -12,6 +12,7 @@ from lifealign.study.grid import ANY, Grid
 from lifealign.study.paper import TABLES
 from lifealign.study.statistics import Interval, Summary, places
 from lifealign.study.table import COST, FIGURES, LOGS, SLMC_FIGURES, STABILITY, STEP_FIGURES, decimals, label, metrics
+from lifealign.study.tuning import merit
 
 DASH = "–"
 GAPS = {"worst": "Worst accuracy since learned (%)", "end": "Last looked at (%)", "gap": "Gap"}
@@ -185,8 +186,9 @@ def _tuning(grid: Grid, tuning: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         return
     yield "## Learning rates"
     yield (
-        f"Both stages' learning rates times one factor, chosen per method by mean log σ(r) on {grid.tuning.pairs} training "
-        f"rows of `{grid.tuning_task}` that nothing else uses, after training on the rest of that task alone; means over "
+        f"Both stages' learning rates times one factor, chosen per method by mean log σ(r) less NLL a token on "
+        f"{grid.tuning.pairs} training rows of `{grid.tuning_task}` that nothing else uses, after training on the rest of that "
+        f"task alone; means over "
         f"seeds {', '.join(map(str, grid.tuning.seeds))}. \\*: at the edge of the grid, beyond which another might be better."
     )
     scales = list(tuning[0]["scores"])
@@ -196,7 +198,7 @@ def _tuning(grid: Grid, tuning: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         taken = ", ".join(dict.fromkeys(method for method, _ in row["variants"]))
         best = DASH if row["chosen"] is None else f"{row['chosen']:g}"
         best += " \\*" if best in (scales[0], scales[-1]) else ""
-        rows.append([tuned, *(format_score(row["scores"][s].get("mean_log_sigmoid"), 4) for s in scales), best, taken])
+        rows.append([tuned, *(format_score(merit(row["scores"][s]), 4) for s in scales), best, taken])
     yield markdown(["Tuned", *(f"× {scale}" for scale in scales), "Chosen", "Taken by"], rows)
 
 

@@ -1,20 +1,19 @@
 """The learning rate of each method, chosen from one small grid on rows of the first task that nothing else uses.
 
-Short runs on the first task alone, a few a scale, are scored by mean log σ(r) on the slice; the best scale multiplies both
-stages' learning rates in all cells of the method. A method may take over another's (``tuned_as``).
+Short runs on the first task alone, a few a scale, are scored on the slice by both stages' losses together, NLL a token and
+-log σ(r); the best scale multiplies both stages' learning rates in all cells of the method. Mean log σ(r) alone would choose
+rates at which preferences sharpen at the cost of likelihood. A method may take over another's (``tuned_as``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lifealign.runtime.files import read_json, write_json
-from lifealign.study.grid import TUNING_METRICS, Cell, Grid, Scales, composed, learning_rates, merged
+from lifealign.study.grid import Cell, Grid, Scales, composed, learning_rates, merged
 from lifealign.study.runner import is_finished, read_record
-
-CRITERION = TUNING_METRICS[0]
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,15 @@ def scores(cells: Sequence[Cell]) -> dict[str, float | None]:
     return {name: None if None in of else math.fsum(of) / len(of) for name, of in values.items()}
 
 
+def merit(of: Mapping[str, float | None]) -> float | None:
+    """Mean log σ(r) less NLL a token, nats: the losses of both stages with their sign turned. None where one is unknown."""
+    preference, nll = of.get("mean_log_sigmoid"), of.get("chosen_nll")
+    return None if preference is None or nll is None else preference - nll
+
+
 def best_scale(by_scale: dict[float, dict[str, float | None]]) -> float | None:
-    """The scale with the highest mean log σ(r), of equals the one nearest to 1; None where no run has a score."""
-    known = {scale: value for scale, of in by_scale.items() if (value := of.get(CRITERION)) is not None}
+    """The scale of the highest merit, of equals the one nearest to 1; None where no run has a score."""
+    known = {scale: value for scale, of in by_scale.items() if (value := merit(of)) is not None}
     return max(known, key=lambda scale: (known[scale], -abs(math.log(scale)))) if known else None
 
 
