@@ -23,6 +23,8 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 train: install
 	$(BIN)/deepspeed launch/train.py +sequence=six_domains
 
+# Two processes of tests, each with a thread: two threads in each get in each other's way and take twice the time.
+test: export OMP_NUM_THREADS := 1
 test: install
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
