@@ -6,6 +6,7 @@ GEM: Lopez-Paz and Ranzato, 2017, arXiv 1706.08840. A-GEM: Chaudhry et al., 2019
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -34,7 +35,7 @@ class Gradients(Enum):
 
 
 @dataclass
-class EpisodicMemory(Strategy):
+class EpisodicMemory(Strategy, ABC):
     """Keeps pairs of past tasks, and makes of a step's gradient g the sum g + G^T v, where the rows of G are of the past.
 
     A subclass says which gradients these are, and finds v. Where v is 0 the gradient is left as it is, bit for bit.
@@ -76,13 +77,13 @@ class EpisodicMemory(Strategy):
             return gradients
         return unflatten(own + torch.from_numpy(multiples).to(past) @ past, gradients)
 
+    @abstractmethod
     def past_gradients(self, context: Context, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(t, elements) float32 flat gradients of the past over the parameters named in ``gradients``; at least one row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def multiples(self, products: np.ndarray) -> np.ndarray:
         """(t,) float64 v, from the (t + 1, t + 1) inner products of the rows of G and of g, which stands last."""
-        raise NotImplementedError
 
     def _draw(self, context: Context) -> torch.Generator:
         return context.generator(f"memory of step {self.steps}")
