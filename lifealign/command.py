@@ -10,7 +10,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -23,10 +24,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import lifealign.conf
+from lifealign import sweep
 from lifealign.config import Config
 from lifealign.data.options import SequenceOptions
+from lifealign.environment import prepare_process
 from lifealign.errors import ConsolidationFailed, TrainingDiverged, UserError, did_you_mean
 from lifealign.runtime import distributed
+from lifealign.runtime.terminal import console
 
 FAILURES = (TrainingDiverged, ConsolidationFailed)
 """What ends a run though the user made no mistake, and is told in one line."""
@@ -46,47 +50,119 @@ def conf_dir() -> Path:
     return Path(lifealign.conf.__file__).parent
 
 
-def hydra_command(task: Callable[[DictConfig], object]) -> None:
+AfterSweep = Callable[[Path, Sequence[sweep.Ended]], object]
+"""Called on rank 0 with the folder of a sweep and how each of its jobs ended."""
+
+
+class _SweepStopped(BaseException):
+    """No further job may start; holds the exit code. Not an ``Exception``: Hydra keeps those of a job and starts the next."""
+
+
+def hydra_command(task: Callable[[DictConfig], object], after_sweep: AfterSweep | None = None) -> None:
     """Compose the configuration from ``sys.argv`` and call ``task`` with it, once, or once a job of a sweep.
 
-    A job of a sweep that fails by a known mistake leaves the jobs after it to run; the exit code tells of it.
+    A job of a sweep that fails leaves the jobs after it to run; the exit code tells of it.
     """
-    with exit_codes() as failures:
+    with exit_codes() as codes:
         sys.argv = [sys.argv[0], *prepare_arguments(sys.argv[1:])]
         parser = get_args_parser()
         parser.error = _refuse_arguments  # type: ignore[method-assign]  as below
-        parser.parse_args()
+        sweeping = parser.parse_args().multirun
+        keys = sweep.swept_keys(sys.argv[1:]) if sweeping else []
+        _refuse_processes_apart(sys.argv[1:])
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as they are
+        here = os.getpid()
 
-        def job(composed: DictConfig) -> None:
-            try:
-                check_keys(composed)
-                task(composed)
-            except KNOWN as error:  # kept from Hydra, which would print more than a line and end the sweep
-                failures.append(error)
-                _print_error(error)
+        def job(composed: DictConfig) -> object:
+            if os.getpid() != here:  # some launchers start a process for a job
+                prepare_process()
+            with sweep.job(keys) as current:
+                try:
+                    check_keys(composed)
+                    result = task(composed)
+                except Exception as error:  # kept from Hydra, which would print more than a line and end the sweep
+                    if current is not None:
+                        _tell_of_job(error, current)
+                    elif isinstance(error, KNOWN):
+                        codes.append(exit_code(error))
+                        _print_error(error)
+                    else:
+                        raise
+                    return None
+                if current is not None:
+                    sweep.note(current, 0, None)
+                return result
 
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+        try:
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+        except _SweepStopped as stopped:
+            codes.append(stopped.args[0])
+        else:
+            if sweep.Beginning.folder is not None and sweeping and distributed.is_main():
+                codes += _end_sweep(sweep.Beginning.folder, after_sweep)
+
+
+def _refuse_processes_apart(arguments: Sequence[str]) -> None:
+    """Raises UserError where several ranks would each start, or search with, processes of their own."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in ("hydra/launcher", "hydra/sweeper") and value != "basic" and distributed.world_size() > 1:
+            raise UserError(f"{argument} does not go with several ranks: start the sweep with plain python")
+
+
+def _tell_of_job(error: Exception, job: sweep.Job) -> None:
+    """Say why a job of a sweep failed, and take note of it.
+
+    Raises:
+        _SweepStopped: where no job may follow: this rank failed alone, and the others wait for it within the job.
+    """
+    known = isinstance(error, KNOWN)
+    together = known or distributed.all_come(f"failure of job {job.number}", GRACE_SECONDS)
+    if known:
+        _print_error(error)
+    elif distributed.is_main() or not together:
+        traceback.print_exception(error)
+    sweep.note(job, exit_code(error), one_line(error) if known else f"{type(error).__name__}: {error}")
+    if not together:
+        told = "failed alone, and the others wait for it: the sweep ends here, and the same command goes on"
+        print(f"error: rank {distributed.rank()} {told}", file=sys.stderr, flush=True)
+        raise _SweepStopped(exit_code(error))
+
+
+def _end_sweep(folder: Path, after_sweep: AfterSweep | None) -> list[int]:
+    """Close a sweep, on rank 0. Returns the exit codes of jobs that failed."""
+    ended = sweep.read_ended(folder)
+    failed = [job.exit_code for job in ended if job.exit_code]
+    if after_sweep is not None:
+        after_sweep(folder, ended)
+    if failed:
+        console.print(f"{len(failed)} of {len(ended)} jobs failed; {folder / sweep.JOBS} says which and why", markup=False)
+    return failed
+
+
+def exit_code(error: Exception) -> int:
+    """The code with which a command that met an error exits."""
+    return 2 if isinstance(error, KNOWN) and not isinstance(error, FAILURES) else 1
 
 
 @contextmanager
-def exit_codes() -> Iterator[list[Exception]]:
+def exit_codes() -> Iterator[list[int]]:
     """Inside, known mistakes are told in one line; on leaving, the process exits with the code they ask for, if any.
 
-    Yields a list to which failures that have been told already are added.
+    Yields a list to which the codes of failures that have been told already are added.
     """
-    failures: list[Exception] = []
+    codes: list[int] = []
     try:
-        yield failures
+        yield codes
     except KNOWN as error:
-        failures.append(error)
+        codes.append(exit_code(error))
         _print_error(error)
     finally:
         distributed.stop()
-    if failures:
+    if codes:
         if not distributed.is_main():
             time.sleep(GRACE_SECONDS)
-        sys.exit(1 if any(isinstance(failure, FAILURES) for failure in failures) else 2)
+        sys.exit(1 if 1 in codes else 2)
 
 
 def _print_error(error: Exception) -> None:
@@ -139,8 +215,9 @@ def _group_override(argument: str) -> str:
 
 
 def group_names() -> set[str]:
-    """The groups that a run is composed of; a study is made of runs."""
-    return {path.name for path in conf_dir().iterdir() if path.is_dir() and not path.name.startswith("_")} - {"study"}
+    """The groups that a run is composed of; a study is made of runs, and ``hydra`` holds ways to start them."""
+    folders = {path.name for path in conf_dir().iterdir() if path.is_dir() and not path.name.startswith("_")}
+    return folders - {"study", "hydra"}
 
 
 def check_keys(composed: DictConfig) -> None:
@@ -183,6 +260,8 @@ def one_line(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         hint = did_you_mean(name, error.options or [])
+        if group in ("hydra/launcher", "hydra/sweeper"):
+            hint = "; pip install 'lifealign[sweep]' brings those for joblib, Slurm and optuna"
         return f"{group}={name}: there is no such preset{hint}" if group else f"no configuration named '{name}'{hint}"
     if isinstance(error, OverrideParseException):
         return f"the override {error.override!r} cannot be read; overrides are key=value, with Hydra's quoting"

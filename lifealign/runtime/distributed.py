@@ -136,6 +136,22 @@ def failing_together(*kinds: type[Exception]) -> Iterator[None]:
             raise error
 
 
+def all_come(place: str, seconds: float) -> bool:
+    """Whether every rank calls this with the same words, once, within some seconds of this one.
+
+    No collective: ranks may ask that have left one in which others still wait.
+    """
+    if world_size() == 1 or not dist.is_initialized():
+        return True
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"{place}, rank {rank()}", "here")
+    try:
+        store.wait([f"{place}, rank {number}" for number in range(world_size())], timedelta(seconds=seconds))
+    except RuntimeError:  # time is up; stores have no kind of error in common for it but this
+        return False
+    return True
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
     if world_size() == 1:
