@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lifealign.data.tasks import Task
 from lifealign.data.tokenize import Pair
-from lifealign.evaluation.generation import generate
+from lifealign.evaluation.generation import generate, generation_keys
 from lifealign.evaluation.judge import Item, Judge, JudgeResult
 from lifealign.evaluation.options import EvaluationOptions
 from lifealign.evaluation.preference import PREFERENCE_METRICS, preference_metrics
@@ -24,12 +24,13 @@ from lifealign.models.scoring import ReferenceCounts, ReferenceLogps, score_pair
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by metric, what the policy said of each held-out pair, where the reference came from, and what a judge took."""
+    """Scores by metric, what the policy said of each held-out pair, where the rest came from, and what a judge took."""
 
     scores: dict[str, float]
     predictions: list[dict[str, Any]]
     reference: ReferenceCounts
     judged: JudgeResult | None = None
+    reused: int = 0  # answers that were known already
 
 
 @dataclass
@@ -42,13 +43,14 @@ class Evaluator:
     options: EvaluationOptions
     beta: float
     judge: Judge | None = None  # where it is among the metrics
+    known: Mapping[str, str] = field(default_factory=dict)  # answers by generation key, the same on every rank
 
     def evaluate(self, module: nn.Module, task: Task) -> Evaluation:
         """Score ``module``, the policy or the engine around it, on the task's held-out pairs."""
         pairs = task.test
         wanted = set(self.options.metrics)
         scores: dict[str, float] = {}
-        counts, judged = ReferenceCounts(0, 0, 0), None
+        counts, judged, reused = ReferenceCounts(0, 0, 0), None, 0
         rows = [{"id": p.id, "prompt": p.prompt_text, "chosen": p.chosen_text, "rejected": p.rejected_text} for p in pairs]
         if wanted & set(PREFERENCE_METRICS):
             sizes = {"batch_size": self.options.batch_size, "pad_token_id": pad_token_id(self.tokenizer)}
@@ -58,16 +60,9 @@ class Evaluator:
                 row |= {"chosen_logp": chosen, "rejected_logp": rejected, "margin": margin}
         if self.options.generates:
             answered = pairs[: self.options.max_generations]
-            texts = generate(
-                module,
-                self.policy,
-                [p.prompt for p in answered],
-                self.tokenizer,
-                batch_size=self.options.batch_size,
-                max_new_tokens=self.options.max_new_tokens,
-            )
-            for row, text in zip(rows, texts, strict=False):
-                row["prediction"] = text
+            keys, texts, reused = self._answers(module, answered)
+            for row, key, text in zip(rows, keys, texts, strict=False):
+                row |= {"generation": key, "prediction": text}
             scores |= {name: metric(texts, [p.chosen_text for p in answered]) for name, metric in TEXT_METRICS.items()}
             if self.judge is not None:
                 items = [Item(pair.prompt_text, text) for pair, text in zip(answered, texts, strict=True)]
@@ -76,7 +71,19 @@ class Evaluator:
                 scores["judge"] = judged.score
                 for row, grade in zip(rows, judged.grades, strict=False):
                     row["judge"] = grade
-        return Evaluation({name: scores[name] for name in self.options.metrics}, rows, counts, judged)
+        return Evaluation({name: scores[name] for name in self.options.metrics}, rows, counts, judged, reused)
+
+    def _answers(self, module: nn.Module, pairs: Sequence[Pair]) -> tuple[list[str], list[str], int]:
+        """Generation keys, greedy answers, and how many of these were known; only the others are generated."""
+        prompts, most = [pair.prompt for pair in pairs], self.options.max_new_tokens
+        keys = generation_keys(self.policy, prompts, self.tokenizer, max_new_tokens=most)
+        missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self.known}
+        new: dict[str, str] = {}
+        if missing:
+            left, sizes = list(missing.values()), {"batch_size": self.options.batch_size, "max_new_tokens": most}
+            new = dict(zip(missing, generate(module, self.policy, left, self.tokenizer, **sizes), strict=True))
+        reused = sum(key in self.known for key in keys)
+        return keys, [self.known[key] if key in self.known else new[key] for key in keys], reused
 
     def probe(self, module: nn.Module, task: Task) -> dict[str, float]:
         """The preference scores of the first few held-out pairs of a task."""

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lifealign.data.batch import length_buckets
-from lifealign.models.adapter import merged
+from lifealign.models.adapter import merged, read_added, read_factors
 from lifealign.models.loading import pad_token_id
 from lifealign.models.policy import Policy
 from lifealign.runtime import distributed
 
 UNCHANGED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 """Samples are the policy's own; what is not said here is taken from the model's generation settings."""
+
+
+def generation_keys(
+    policy: Policy, prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int
+) -> list[str]:
+    """What the greedy answer to each prompt depends on, on one base: 64 hexadecimal digits each. Call on every rank.
+
+    A hash of the adapter and what is trained beside it, bit for bit, of the prompt's token ids, of how it is decoded and in
+    which dtype.
+    """
+    adapter = hashlib.sha256()
+    for name, value in sorted({**read_factors(policy.model), **read_added(policy)}.items()):
+        adapter.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        adapter.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    decoding = {"max_new_tokens": max_new_tokens, "ends": _end_ids(policy, tokenizer), "prefix": policy.prefix}
+    shared = adapter.digest() + json.dumps({**decoding, "dtype": str(policy.dtype)}).encode()
+    return [hashlib.sha256(shared + np.asarray(prompt, dtype=np.int64).tobytes()).hexdigest() for prompt in prompts]
 
 
 def generate(

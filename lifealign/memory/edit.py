@@ -44,6 +44,18 @@ def finished_adapters(run: Path) -> list[Path]:
     return finished
 
 
+def task_adapter(run: Path, task: str) -> Path:
+    """The adapter that a finished task of a run left.
+
+    Raises:
+        UserError: where no finished task has this name.
+    """
+    by_task = {adapter.parent.name.split("_", 1)[1]: adapter for adapter in finished_adapters(run)}
+    if task not in by_task:
+        raise UserError(f"{task}: no finished task of this name in {run}{did_you_mean(task, by_task)}")
+    return by_task[task]
+
+
 def edit(run: Path, factors: Mapping[str, float]) -> Edited:
     """The adapter after the last finished task with the updates of some tasks scaled; 0 takes a task back, 1 leaves it.
 

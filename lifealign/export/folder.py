@@ -1,0 +1,88 @@
+"""Write an adapter of a run into a folder that needs nothing of this package, and prove it before the folder stands."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lifealign.config import Config, build, load_run, resolved
+from lifealign.errors import UserError
+from lifealign.export.card import Subject, model_card
+from lifealign.export.reload import check_reload, take_probe
+from lifealign.memory.edit import finished_adapters, task_adapter
+from lifealign.models.adapter import ADDED
+from lifealign.models.loading import load_tokenizer, resolve_path
+from lifealign.runtime import distributed
+from lifealign.runtime.files import replace_folder, write_text
+from lifealign.runtime.terminal import console
+
+
+def export(run: Path, to: Path, *, merge: bool, task: str | None = None) -> None:
+    """Write an adapter of a run, or with ``merge`` whole weights with the adapter in them, tokenizer and model card.
+
+    The folder is written beside, loaded again by transformers and PEFT alone, compared with the run's policy, and only then
+    put in its place; where anything fails nothing of it is left.
+
+    Args:
+        task: the finished task whose adapter is taken; None: the newest.
+
+    Raises:
+        UserError: where there is no such adapter, ``to`` exists or cannot be written, or what was written computes other
+            log-probabilities than the run's policy.
+    """
+    composed = load_run(run)
+    config = build(composed)
+    adapter = task_adapter(run, task) if task is not None else finished_adapters(run)[-1]
+    _check(run, to, adapter, config)
+    probe = take_probe(adapter, config)
+    with _beside(to) as beside:
+        _write(beside, adapter, config, merge=merge)
+        reload = check_reload(beside, probe, config, merge=merge)
+        subject = Subject(run, adapter.parent, to.name, merged=merge, of_task=task)
+        write_text(beside / "README.md", model_card(subject, config, resolved(composed), reload))
+        replace_folder(beside, to)
+    console.print(reload.line(), highlight=False, markup=False)
+    console.print(f"written: {to}", highlight=False, markup=False)
+
+
+def _check(run: Path, to: Path, adapter: Path, config: Config) -> None:
+    if distributed.world_size() > 1:
+        raise UserError("export runs in one process; start it with python")
+    if (adapter / ADDED).exists():
+        raise UserError(f"{run}: strategy={config.strategy.name} trained more than LoRA, which no PEFT adapter can hold")
+    if not (adapter.parent / "scores.json").exists():
+        raise UserError(f"{adapter.parent}: the run was interrupted before this task was scored; go on with it first")
+    if to.exists():
+        raise UserError(f"--to {to}: exists already; name a folder that does not")
+
+
+@contextmanager
+def _beside(to: Path) -> Iterator[Path]:
+    """An empty folder next to ``to``, which is gone afterwards whatever happens inside."""
+    beside = to.with_name(to.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--to {to}: {error.strerror}; name a folder that can be written") from error
+    try:
+        yield beside
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write(folder: Path, adapter: Path, config: Config, *, merge: bool) -> None:
+    """Weights and tokenizer. Merged weights are in the base's dtype: one rounding of what the adapter adds."""
+    if merge:
+        dtype = getattr(torch, config.model.dtype.value)
+        base = AutoModelForCausalLM.from_pretrained(resolve_path(config.model), dtype=dtype)
+        PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().save_pretrained(folder)
+    else:
+        shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    load_tokenizer(config.model).save_pretrained(folder)

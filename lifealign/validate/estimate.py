@@ -1,0 +1,122 @@
+"""Memory, disk and time of a run, from the shapes of a model without weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lifealign.config import Config
+from lifealign.data.tasks import Task
+from lifealign.memory import Space
+from lifealign.models.adapter import factor_shapes
+from lifealign.models.loading import attach_lora, resolve_path
+from lifealign.runtime import distributed
+from lifealign.strategies.lifealign import LifeAlign
+from lifealign.validate.work import TaskWork
+
+MIB = 2**20
+FLOAT32 = 4
+
+FORWARD, BACKWARD = 2, 2
+"""Operations a parameter and token: a product and a sum. Backward has the gradient of activations alone; weights are frozen."""
+
+PRODUCT = 1024  # rows and columns of the matrices whose product is timed
+TIMED_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes are in bytes; activations are left out, since they depend on the attention implementation."""
+
+    base: int  # a rank's share of the frozen base
+    adapter: int  # weights, gradients and optimiser state of the adapter on a rank
+    memory: int  # history of consolidated updates, over all ranks
+    disk: int  # what the run directory will hold
+    operations: float  # floating-point operations of the whole run in the weights of the layers; attention and head left out
+    rate: float  # of them that a matrix product reaches here in a second, in the base's dtype
+    seconds: float  # for these operations and nothing else, on all ranks at once, each as fast as this one
+
+
+def estimate(config: Config, tasks: Sequence[Task], work: Sequence[TaskWork], ranks: int) -> Estimate:
+    """From shapes, and one short measurement of this machine."""
+    with torch.device("meta"):  # shapes alone; weights that are tied stay one
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve_path(config.model)))
+        base = sum(p.numel() for p in skeleton.parameters())
+        body = base - sum(p.numel() for p in {*_embeddings(skeleton)})
+        model = attach_lora(skeleton, config.strategy.lora(config.model.lora, len(tasks)), seed=config.seed)
+    factors, dtype = sum(shape.numel() for shape in factor_shapes(model).values()), getattr(torch, config.model.dtype.value)
+    stage = config.zero.stage
+    memory, disk = _history(config, len(tasks), factors)
+    optimizer, gradient = (2 / ranks if stage >= 1 else 2), (1 / ranks if stage >= 2 else 1)
+    again = FORWARD if config.model.gradient_checkpointing else 0
+    tokens = sum((FORWARD + BACKWARD + again) * task.trained_tokens + FORWARD * task.read_tokens for task in work)
+    operations, rate = float(body) * tokens, product_rate(dtype)
+    return Estimate(
+        base=int(base * dtype.itemsize / (ranks if stage == 3 else 1)),
+        adapter=int(factors * FLOAT32 * (1 + gradient + optimizer)),
+        memory=memory,
+        disk=disk + (len(tasks) + 1 + config.checkpoint.keep) * factors * FLOAT32,
+        operations=operations,
+        rate=rate,
+        seconds=operations / rate / ranks,
+    )
+
+
+def _embeddings(model: PreTrainedModel) -> Iterator[nn.Parameter]:
+    """Those of the input, which are looked up, and of the output, which meets few tokens; the same where they are tied."""
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        yield from module.parameters()
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a square matrix product on this rank's device."""
+    device = distributed.device()
+    left, right = (torch.ones(PRODUCT, PRODUCT, dtype=dtype, device=device) for _ in range(2))
+    (left @ right)[0, 0].item()  # the first pays for what is set up once; item() waits for a card
+    products, started = 0, time.perf_counter()
+    while (spent := time.perf_counter() - started) < TIMED_SECONDS:
+        (left @ right)[0, 0].item()
+        products += 1
+    return 2.0 * PRODUCT**3 * products / spent
+
+
+def _history(config: Config, tasks: int, factors: int) -> tuple[int, int]:
+    """Bytes of the directions that consolidation keeps at hand, and of the ledger's updates on disk."""
+    strategy = config.strategy
+    if not isinstance(strategy, LifeAlign):
+        return 0, 0
+    trained = [stage for stage in ("sft", "preference") if getattr(config, stage).epochs]
+    directions = tasks * len({*trained} & {*strategy.consolidate_stages})
+    if strategy.memory_rank is not None:
+        directions = min(directions, strategy.memory_rank)
+    parts = 2 if strategy.space is Space.product else 1  # the difference of two products has twice their rank
+    width = getattr(torch, strategy.memory_dtype.value).itemsize
+    return directions * parts * factors * width, tasks * len(trained) * parts * factors * width
+
+
+def estimate_table(found: Estimate, ranks: int) -> Table:
+    table = Table(title="Estimate, without activations")
+    table.add_column("what")
+    table.add_column("estimate", justify="right")
+    for what, size in (
+        ("base, a rank", found.base),
+        ("adapter with gradients and optimiser, a rank", found.adapter),
+        ("long-term memory, all ranks", found.memory),
+        ("disk", found.disk),
+    ):
+        table.add_row(what, f"{size / MIB:,.1f} MiB")
+    table.add_row("arithmetic of all layers, all ranks", f"{found.operations / 1e12:,.3g} TFLOP")
+    table.add_row("a matrix product, measured here", f"{found.rate / 1e9:,.0f} GFLOP/s")
+    where = "" if ranks == 1 else f", on {ranks} such devices"
+    table.add_row(f"time of that arithmetic alone{where}", _duration(found.seconds))
+    return table
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
