@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import re
 import shutil
 import sys
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from rich.table import Table
 from lifealign.arguments import ArgumentParser, exit_code
 from lifealign.errors import UserError, did_you_mean
 from lifealign.memory.bank import Entry, read_ledger
-from lifealign.memory.contributions import Summary, cosines, summarise, tasks_of
+from lifealign.memory.contributions import Summary, by_layer, cosines, summarise, tasks_of
 from lifealign.runtime import distributed
 from lifealign.runtime.files import read_json, replace_folder, write_bytes, write_json
 
@@ -132,21 +130,13 @@ def _show(given: argparse.Namespace, entries: Sequence[Entry]) -> None:
 
 def _layer_table(entry: Entry) -> Table:
     """A row a layer, its factors together."""
-    layers: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for record in entry["factors"]:
-        layers[re.sub(r"^base_model\.model\.|\.lora_.*$", "", record["factor"])].append(record)
     table = Table(box=None, pad_edge=False)
     table.add_column("Layer", no_wrap=True)
     for heading in SUMMARY:
         table.add_column(heading, justify="right", no_wrap=True)
-    for layer, records in sorted(layers.items(), key=lambda item: _natural(item[0])):
+    for layer, records in by_layer(entry["factors"]).items():
         table.add_row(layer, *_summary_cells(summarise(records)))
     return table
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts layer 10 after layer 9."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _edit(given: argparse.Namespace, wanted: Sequence[tuple[str, float]]) -> None:

@@ -6,7 +6,6 @@ import importlib.metadata
 import logging
 import platform
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from lifealign import sweep
 from lifealign.config import Config, build, differences, resolved, run_name
+from lifealign.data.tasks import Task
 from lifealign.errors import UserError
-from lifealign.evaluation.report import Sample, write_report
-from lifealign.evaluation.scores import closing_table
+from lifealign.evaluation.dashboard import show_task
+from lifealign.evaluation.report import write_report
+from lifealign.evaluation.samples import read_changes
+from lifealign.evaluation.scores import ScoreBook, closing_table
 from lifealign.evaluation.stability import stability
 from lifealign.lifelong import Lifelong
 from lifealign.memory.bank import read_ledger
@@ -33,22 +36,45 @@ from lifealign.runtime.tracking import Tracker
 log = logging.getLogger(__name__)
 
 
-def train(composed: DictConfig) -> None:
-    """Run, or go on with, the run that a configuration describes; every rank calls this."""
+def train(composed: DictConfig) -> float | None:
+    """Run, or go on with, the run that a configuration describes; every rank calls this.
+
+    A job of a sweep that has finished already is left as it is.
+
+    Returns:
+        Last of the first of ``evaluation.metrics``: what a sweeper that searches goes by. None where there is none.
+    """
     started = time.perf_counter()
     config = build(composed)
     distributed.start()
     settings = resolved(composed)
     folder = open_run_directory(composed, config, settings)
-    with log_file(folder), Tracker(config.tracking, folder, settings) as tracker:
+    job, told = sweep.current(), settings
+    if job is not None:
+        job.run = folder
+        config.tracking.group = config.tracking.group or job.group
+        told = {**settings, "sweep": job.swept}
+        finished = distributed.broadcast_object(sweep.finished_scores(folder) if distributed.is_main() else None)
+        if finished is not None and config.resume is not Resume.force:
+            console.print(f"{folder}: finished already", markup=False)
+            return searched(config, finished)
+    with log_file(folder), Tracker(config.tracking, folder, told) as tracker:
         lifelong = Lifelong(config, folder, tracker, settings)
         log_data(lifelong)
         lifelong.run()
         lifelong.timing["total"] += time.perf_counter() - started
         if distributed.is_main():
             report(lifelong, settings)
+            show(lifelong, tracker)
             console.print(closing_table(lifelong.book))
             console.print(f"{folder}: adapter/, scores.json, report/index.html")
+    return searched(config, lifelong.book)
+
+
+def searched(config: Config, book: ScoreBook) -> float | None:
+    """Last of the first of ``evaluation.metrics``."""
+    metrics = config.evaluation.metrics
+    return book.figures(metrics[0])["last"] if metrics else None
 
 
 def open_run_directory(composed: DictConfig, config: Config, settings: Mapping[str, Any]) -> Path:
@@ -110,8 +136,11 @@ def _next_free(folder: Path) -> Path:
 
 def log_data(lifelong: Lifelong) -> None:
     for task in lifelong.tasks:
-        dropped = ", ".join(f"{count} {reason}" for reason, count in task.dropped.items() if count) or "none"
-        log.info("%s: %d training, %d held-out pairs; dropped: %s", task.name, len(task.train), len(task.test), dropped)
+        log.info("%s: %d training, %d held-out pairs; dropped: %s", task.name, len(task.train), len(task.test), _dropped(task))
+
+
+def _dropped(task: Task) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in task.dropped.items() if count) or "none"
 
 
 def report(lifelong: Lifelong, settings: Mapping[str, Any]) -> None:
@@ -122,30 +151,37 @@ def report(lifelong: Lifelong, settings: Mapping[str, Any]) -> None:
     write_report(
         lifelong.folder / "report",
         lifelong.book,
-        domains={task.name: task.domain for task in lifelong.tasks},
+        data=data_summary(lifelong.tasks),
         config_yaml=yaml.safe_dump(dict(settings), sort_keys=False),
         timing=dict(lifelong.timing),
-        samples=samples(lifelong.folder),
+        changes=read_changes(lifelong.folder / "tasks"),
         consolidation=consolidation_summary(lifelong.folder),
         versions=versions(),
+        memory=read_ledger(lifelong.folder / "memory"),
         probes=probes,
     )
 
 
-def samples(folder: Path, per_task: int = 2) -> list[Sample]:
-    """A few generations of each task: after its own training, or the first that scored it, and after all of it."""
-    answers: dict[str, dict[str, list[Sample]]] = defaultdict(lambda: defaultdict(list))
-    for left in sorted((folder / "tasks").iterdir()):
-        after = left.name.split("_", 1)[1]
-        for row in read_json_lines(left / "predictions.jsonl"):
-            held = answers[row["task"]][after]
-            if "prediction" in row and len(held) < per_task:
-                held.append(Sample(row["task"], after, row["prompt"], row["prediction"], row["chosen"]))
-    chosen = []
-    for task, by_after in answers.items():
-        own, last = task if task in by_after else next(iter(by_after)), list(by_after)[-1]
-        chosen += [sample for after in dict.fromkeys([own, last]) for sample in by_after[after]]
-    return chosen
+def show(lifelong: Lifelong, tracker: Tracker) -> None:
+    """Show the sinks what the last task left, and give them the adapter."""
+    left = sorted((lifelong.folder / "tasks").iterdir())[-1]
+    show_task(tracker, lifelong.book, lifelong.config.objective, read_json_lines(left / "predictions.jsonl"))
+    tracker.adapter(lifelong.folder / "adapter")
+
+
+def data_summary(tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """What each task was trained and scored on; the hash is over its pairs in their order."""
+    return [
+        {
+            "task": task.name,
+            "about": task.domain,
+            "training pairs": len(task.train),
+            "held-out pairs": len(task.test),
+            "dropped": _dropped(task),
+            "sha256": task.data_hash,
+        }
+        for task in tasks
+    ]
 
 
 def consolidation_summary(folder: Path) -> list[dict[str, Any]]:

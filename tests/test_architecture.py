@@ -18,7 +18,7 @@ from lifealign.registry import component
 
 LAYERS: list[tuple[str, ...]] = [
     ("launch",),
-    ("command", "run", "study", "rescore", "validate", "export", "compare", "cache_command", "memory_command"),
+    ("command", "run", "study", "rescore", "validate", "export", "comparison", "sweep", "cache_command", "memory_command"),
     ("pretrain",),
     ("lifelong",),
     ("config",),
@@ -84,7 +84,7 @@ def test_the_walk_sees_the_project() -> None:
     assert {"lifealign.lifelong", "lifealign.kernels.logratio.reference", "launch.train"} <= set(MODULES)
     assert "lifealign.runtime.distributed" in dict(imported("lifealign.lifelong"))  # from PACKAGE import MODULE
     assert "lifealign.kernels.logratio" in dict(imported("lifealign.kernels"))  # relative
-    assert "wandb" in dict(imported("lifealign.runtime.tracking"))  # inside a function
+    assert "wandb" in dict(imported("lifealign.runtime.wandb_sink"))  # inside a function
 
 
 def test_no_module_imports_from_a_layer_above() -> None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import browser
 import pytest
 import torch
 import yaml
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lifealign.assets import TINY_MODEL
 from lifealign.config import build, load_run, resolved
 from lifealign.evaluation import continual_metrics
+from lifealign.evaluation.scores import format_score
 from lifealign.lifelong import Lifelong
 from lifealign.models.adapter import named_factors
 from lifealign.models.loading import attach_lora, load_base
@@ -148,7 +150,8 @@ def test_each_task_leaves_its_folder(run: Path) -> None:
             assert values == matrix[metric]["matrix"][number]
         predictions = lines(left / "predictions.jsonl")
         assert [row["task"] for row in predictions] == ["instruct"] * 8 + ["hc3"] * 8
-        keys = {"task", "id", "prompt", "chosen", "rejected", "chosen_logp", "rejected_logp", "margin", "prediction"}
+        texts = {"task", "id", "prompt", "chosen", "rejected", "generation", "prediction"}
+        keys = {*texts, "chosen_logp", "rejected_logp", "margin"}
         assert all(row.keys() == keys for row in predictions)
     final, last = adapter(run / "adapter"), adapter(run / "tasks" / "02_hc3" / "adapter")
     assert all(final[name].equal(last[name]) for name in final)
@@ -173,9 +176,50 @@ def test_report(run: Path) -> None:
     page = (run / "report" / "index.html").read_text(encoding="utf-8")
     assert page.lstrip().lower().startswith("<!doctype html>")
     assert "http://" not in page.replace("http://www.w3.org", "")
-    pictures = sorted(path.name for path in (run / "report").glob("*.png"))
-    assert pictures == sorted(f"{kind}_{metric}.png" for kind in ("forgetting", "heatmap") for metric in METRICS)
+    pictures = {path.name for path in (run / "report").glob("*.png")}
+    entries = [entry["name"] for entry in json.loads((run / "memory" / "ledger.json").read_text())["entries"]]
+    assert pictures == {
+        *(f"{kind}_{metric}.png" for kind in ("forgetting", "heatmap") for metric in METRICS),
+        *("memory_kept_rank.png", "memory_conflict_share.png", *(f"memory_values_{name}.png" for name in entries)),
+    }
     assert all((run / "report" / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for name in pictures)
+
+
+@pytest.mark.skipif(browser.missing() is not None, reason=str(browser.missing()))
+@pytest.mark.parametrize("size", browser.SIZES)
+def test_the_report_in_a_browser(run: Path, size: str) -> None:
+    """Every score of scores.json is in its cell, every picture is drawn, nothing fails and nothing sticks out."""
+    page = run / "report" / "index.html"
+    with browser.browser() as driver:
+        browser.show(driver, page, size)
+        cells = driver.execute_script(
+            "return [...document.querySelectorAll('figure .heat')].map(table => [...table.rows].slice(1)"
+            ".map(row => [...row.cells].slice(1).map(cell => cell.innerText)))"
+        )
+        widths = driver.execute_script("return [...document.images].map(image => image.complete && image.naturalWidth)")
+        closing = driver.execute_script("return document.querySelector('table').innerText")
+        assert browser.troubles(driver) == []
+        assert browser.overflow(driver) == 0
+    scores = json.loads((run / "scores.json").read_text())["metrics"]
+    assert len(cells) == len(scores)
+    for shown, entry in zip(cells, scores.values(), strict=True):
+        for texts, values in zip(shown, entry["matrix"], strict=True):
+            for text, value in zip(texts, values, strict=True):
+                assert float(text) == pytest.approx(value, abs=0.501 * 10 ** -len(text.partition(".")[2]))
+        for key in ("last", "bwt", "ap"):
+            assert format_score(entry[key]) in closing
+    assert len(widths) == len(METRICS) + 4 and all(widths)  # forgetting curves, spectra
+
+
+def test_the_browser_test_would_notice(tmp_path: Path) -> None:
+    if browser.missing() is not None:
+        pytest.skip(str(browser.missing()))
+    page = tmp_path / "page.html"
+    page.write_text("<script>fail()</script><img src='file:///nowhere.png'><div style='width: 2000px'>wide</div>")
+    with browser.browser() as driver:
+        browser.show(driver, page, "phone")
+        assert "fail is not defined" in "\n".join(found := browser.troubles(driver)) and len(found) >= 2
+        assert browser.overflow(driver) > 0
 
 
 def test_nothing_half_written_is_left(run: Path) -> None:

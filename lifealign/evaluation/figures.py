@@ -12,19 +12,20 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Colormap, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from lifealign.evaluation.scores import MetricInfo, ScoreBook, format_score, metric_info
+from lifealign.evaluation.heat import Scale, score_scale, shaded, share_scale
+from lifealign.evaluation.scores import MetricInfo, ScoreBook, metric_info
 
-_DPI = 110
+_DPI = 160
 _MARKERS = "osD^vP*X"
 
 
 def draw_heatmap(book: ScoreBook, metric: str) -> Figure:
     """The score matrix as a picture: a row for each step of training, a column for each task; None is left blank."""
-    info, cells = metric_info(metric), _array(book, metric)
-    figure, axes = _draw_cells(cells, *_colours(cells, info))
+    info, cells = metric_info(metric), score_array(book, metric)
+    figure, axes = _draw_cells(cells, score_scale(cells, info))
     _label_tasks(axes, book.tasks, axis="x", title="score on")
     _label_tasks(axes, book.tasks[: len(cells)], axis="y", title="after training through")
     figure.suptitle(_title(info), fontsize=10)
@@ -33,9 +34,10 @@ def draw_heatmap(book: ScoreBook, metric: str) -> Figure:
 
 def draw_forgetting(book: ScoreBook, metric: str) -> Figure:
     """The score of each task after each step of training, from the step that trained it; a drop is forgetting."""
-    info, cells = metric_info(metric), _array(book, metric)
+    info, cells = metric_info(metric), score_array(book, metric)
     rows = len(cells)
-    figure, axes = _figure(width=3.6 + 0.72 * rows, height=3.4)
+    # Narrow, and the legend below: on a phone the picture is as wide as the screen, and its words must still be legible.
+    figure, axes = _figure(width=max(5.2, 1.2 + 0.5 * rows), height=4.2)
     for j, (task, marker) in enumerate(zip(book.tasks[:rows], cycle(_MARKERS))):
         # Tasks differ in marker as well as in colour, for print and for colour-blind readers.
         axes.plot(range(j, rows), cells[j:, j], marker=marker, markersize=5, linewidth=1.4, label=f"{j + 1} {task}")
@@ -44,7 +46,7 @@ def draw_forgetting(book: ScoreBook, metric: str) -> Figure:
     figure.suptitle(_title(info), fontsize=10)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    legend = axes.legend(title="score on", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
+    legend = figure.legend(title="score on", loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     for text in legend.get_texts():
         text.set_parse_math(False)
     return figure
@@ -71,7 +73,7 @@ def draw_probes(probes: Sequence[Mapping[str, Any]], metric: str) -> Figure:
 
 def draw_conflict(cosines: np.ndarray, tasks: Sequence[str]) -> Figure:
     """Cosines between what tasks added to an adapter, (tasks, tasks): below 0 one takes back what the other gave."""
-    figure, axes = _draw_cells(cosines, colormaps["RdBu"], Normalize(-1, 1))
+    figure, axes = _draw_cells(cosines, (colormaps["RdBu"], Normalize(-1, 1)))
     _label_tasks(axes, tasks, axis="x", title="")
     _label_tasks(axes, tasks, axis="y", title="")
     figure.suptitle("Cosine between what two tasks added", fontsize=10)
@@ -94,7 +96,8 @@ def draw_spectrum(spectra: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
             row[: len(squares)] = squares / squares.sum() if squares.any() else np.nan
         directions = range(1, shares.shape[1] + 1)
         axes.plot(directions, shares.T, color="tab:blue", alpha=max(0.05, 1 / max(1, len(shares))), linewidth=0.8)
-        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # directions that no factor has
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # directions that no factor has
             axes.plot(directions, np.nanmedian(shares, axis=0), color="k", marker="o", markersize=3, linewidth=1.4)
         axes.set_yscale("log")
         axes.set_title(stage, fontsize=10, parse_math=False)
@@ -104,23 +107,62 @@ def draw_spectrum(spectra: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
     return figure
 
 
-def _draw_cells(cells: np.ndarray, colours: Colormap, norm: Normalize) -> tuple[Figure, Axes]:
+def draw_singular_values(records: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """The singular values of what a stage changed: a line a factor, light to dark from the first layer to the last.
+
+    Directions that truncation kept are filled, those that it cut are hollow.
+
+    Args:
+        records: of the factors in the order of the layers, each with ``singular_values`` and ``kept_rank``.
+    """
+    figure, axes = _figure(width=4.2, height=3.0)
+    for number, record in enumerate(records):
+        values, kept = np.asarray(record["singular_values"], dtype=np.float64), record["kept_rank"]
+        directions, colour = np.arange(1, len(values) + 1), colormaps["viridis_r"]((number + 1) / (len(records) + 1))
+        axes.plot(directions, values, color=colour, linewidth=0.8, alpha=0.6)
+        axes.plot(directions[:kept], values[:kept], "o", color=colour, markersize=3)
+        axes.plot(directions[kept:], values[kept:], "o", color=colour, markersize=3, fillstyle="none")
+    # Symmetric: a factor that did not change has values of 0, and they are to be seen.
+    axes.set_yscale("symlog", linthresh=1e-6)
+    axes.set_xlabel("singular direction; filled: kept", fontsize=9)
+    axes.set_ylabel("singular value", fontsize=9)
+    axes.set_title(title, fontsize=10, parse_math=False)
+    axes.grid(alpha=0.25)
+    return figure
+
+
+def draw_layers(cells: np.ndarray, layers: Sequence[str], columns: Sequence[str], *, title: str, share: bool) -> Figure:
+    """A figure of every layer (rows) and stage (columns), (layers, stages); NaN is left blank.
+
+    Args:
+        share: whether the numbers are shares of a whole, 0 to 1, or numbers of directions.
+    """
+    rows, width = cells.shape
+    scale = share_scale() if share else score_scale(cells, MetricInfo(title))
+    figure, axes = _draw_cells(cells, scale, size=(3.4 + 0.55 * width, 1.6 + 0.3 * rows))
+    axes.set_yticks(range(rows), layers, fontsize=8, parse_math=False)
+    axes.set_xticks(range(width), columns, fontsize=8, parse_math=False, rotation=35, ha="right", rotation_mode="anchor")
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _draw_cells(cells: np.ndarray, scale: Scale, size: tuple[float, float] | None = None) -> tuple[Figure, Axes]:
     """A matrix of numbers on their colours; NaN is left blank."""
     rows, columns = cells.shape
-    figure, axes = _figure(width=max(4.5, 2.6 + 0.72 * columns), height=1.7 + 0.5 * rows)
-    decimals = _decimals(cells)
+    width, height = size or (max(4.5, 2.6 + 0.72 * columns), 1.7 + 0.5 * rows)
+    figure, axes = _figure(width, height)
+    colours, norm = scale
     axes.imshow(np.ma.masked_invalid(cells), cmap=colours, norm=norm, aspect="auto")
-    for (i, j), value in np.ndenumerate(cells):
-        if np.isfinite(value):
-            red, green, blue, _ = colours(norm(value))
-            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-            axes.text(j, i, format_score(value, decimals), ha="center", va="center", fontsize=9, color="w" if dark else "k")
+    for i, row in enumerate(shaded(cells, scale)):
+        for j, cell in enumerate(row):
+            if cell.text:
+                axes.text(j, i, cell.text, ha="center", va="center", fontsize=9, color="w" if cell.dark else "k")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return figure, axes
 
 
-def _array(book: ScoreBook, metric: str) -> np.ndarray:
+def score_array(book: ScoreBook, metric: str) -> np.ndarray:
     """The matrix as (rows recorded, tasks) float64, NaN where there is no score."""
     return np.array(book.matrix(metric), dtype=np.float64)
 
@@ -130,25 +172,6 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
-
-
-def _colours(cells: np.ndarray, info: MetricInfo) -> tuple[Colormap, Normalize]:
-    """Two hues around 0 for scores of both signs, else one that darkens as scores get better."""
-    known = cells[np.isfinite(cells)]
-    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
-    reverse = "" if info.higher_is_better else "_r"
-    if low < 0 < high:
-        reach = max(-low, high)
-        return colormaps["RdBu" + reverse], Normalize(-reach, reach)
-    # A little room: equal scores get a middle shade, not an end of the scale.
-    room = 0.1 * (high - low) or 1.0
-    return colormaps["YlGnBu" + reverse], Normalize(low - room, high + room)
-
-
-def _decimals(cells: np.ndarray) -> int:
-    """Enough to tell the cells apart: two, or up to four where all scores are small, as early reward margins are."""
-    largest = np.nanmax(np.abs(cells), initial=0.0)
-    return 2 if largest >= 0.1 or largest == 0 else 3 if largest >= 0.01 else 4
 
 
 def _label_tasks(axes: Axes, tasks: Sequence[str], *, axis: str, title: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,18 @@ def summarise(records: Sequence[dict[str, Any]]) -> Summary:
 
 def _share(part: Sequence[float], whole: Sequence[float], of_nothing: float) -> float:
     return math.fsum(part) / math.fsum(whole) if math.fsum(whole) else of_nothing
+
+
+def by_layer(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The records of each layer's factors, by its name in the model; layer 10 comes after layer 9."""
+    layers: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        layers[re.sub(r"^base_model\.model\.|\.lora_.*$", "", record["factor"])].append(record)
+    return dict(sorted(layers.items(), key=lambda item: _natural(item[0])))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def tasks_of(entries: Sequence[Entry]) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from importlib.util import find_spec
 
 from lifealign.errors import UserError
 
@@ -43,15 +44,27 @@ class CheckpointOptions:
             raise UserError(f"checkpoint.keep={self.keep}: must be at least 1")
 
 
+class SinkName(Enum):
+    """Where numbers go besides ``metrics.jsonl``."""
+
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+    csv = "csv"
+
+
 @dataclass
 class TrackingOptions:
-    """``tracking.*``: wandb, and how often a step is logged."""
+    """``tracking.*``: who is told of a run's numbers, and how often a step is logged."""
 
+    sinks: list[SinkName] = field(default_factory=lambda: [SinkName.wandb])
     mode: TrackingMode = TrackingMode.offline
     project: str = "lifealign"
     group: str | None = None
     log_every: int = 1  # steps from one logged line to the next; a line holds means over them
+    log_adapter: bool = False  # keep the adapter of the finished run as a wandb artifact
 
     def __post_init__(self) -> None:
         if self.log_every < 1:
             raise UserError(f"tracking.log_every={self.log_every}: must be at least 1")
+        if SinkName.tensorboard in self.sinks and find_spec("tensorboard") is None:
+            raise UserError("tracking.sinks: tensorboard is not installed; install lifealign[tensorboard], or leave it out")

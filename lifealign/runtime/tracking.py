@@ -1,37 +1,39 @@
-"""Where numbers go: ``metrics.jsonl`` in the run directory, and wandb as its mirror. Rank 0 only."""
+"""Where numbers go: ``metrics.jsonl`` in the run directory, and the sinks that mirror it. Rank 0 only."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from lifealign.runtime import distributed
-from lifealign.runtime.files import read_json, write_json
-from lifealign.runtime.options import TrackingMode, TrackingOptions
+from lifealign.runtime.files import read_json_lines
+from lifealign.runtime.options import SinkName, TrackingMode, TrackingOptions
+from lifealign.runtime.sinks import CsvSink, Row, Sink, TensorBoardSink
 
 
 class Tracker:
-    """Appends rows to ``metrics.jsonl`` and sends their numbers to wandb; does nothing on ranks other than 0.
-
-    wandb's run id is kept in ``tracking.json``, so that a resumed run continues the same wandb run.
-    """
+    """Appends rows to ``metrics.jsonl`` and tells the chosen sinks; does nothing on ranks other than 0."""
 
     def __init__(self, options: TrackingOptions, folder: Path, config: Mapping[str, Any]) -> None:
         self._file = None
-        self._wandb = None
+        self._sinks: list[Sink] = []
+        self._step = 0  # of the last row of kind "step"
+        self._factors: list[Row] = []  # consolidated so far, of the stage that is being consolidated
+        self._log_adapter = options.log_adapter
         if not distributed.is_main():
             return
-        self._file = open(  # noqa: SIM115  closed by __exit__
-            folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1
-        )
-        if options.mode is not TrackingMode.disabled:
-            self._wandb = _start_wandb(options, folder, config)
+        self._path = folder / "metrics.jsonl"
+        self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed by __exit__
+        self._sinks = _make_sinks(options, folder, config)
+
+    @property
+    def shows(self) -> bool:
+        """Whether anyone looks at pictures and tables: they cost time to make."""
+        return any(not isinstance(sink, CsvSink) for sink in self._sinks)
 
     def log(self, kind: str, values: Mapping[str, Any]) -> None:
         """Write one row; ``kind`` says what it describes: "step", "consolidation", "evaluation".
@@ -41,9 +43,41 @@ class Tracker:
         if self._file is None:
             return
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps({"kind": kind, **plain}, allow_nan=False) + "\n")
-        if self._wandb is not None:
-            self._wandb.log({f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))})
+        row: dict[str, Any] = {"kind": kind, **plain}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        if kind == "consolidation":
+            self._factors.append(row)
+            return
+        self._tell_consolidated()
+        if kind == "step":
+            self._step = row["step"]
+        for sink in self._sinks:
+            sink.log(self._step, row)
+
+    def picture(self, name: str, png: bytes) -> None:
+        """Show a picture; ``name`` stays the same from task to task."""
+        for sink in self._sinks:
+            sink.picture(self._step, name, png)
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Show a table of numbers, texts and None."""
+        for sink in self._sinks:
+            sink.table(self._step, name, columns, rows)
+
+    def curves(self, tasks_trained: int, values: Mapping[str, float]) -> None:
+        """A point of series over the number of tasks trained so far, by the names of the series."""
+        for sink in self._sinks:
+            sink.curves(self._step, tasks_trained, values)
+
+    def histogram(self, name: str, values: Sequence[float]) -> None:
+        """Show how values are distributed; the same ``name`` each time makes a history of it."""
+        for sink in self._sinks:
+            sink.histogram(self._step, name, values)
+
+    def adapter(self, folder: Path) -> None:
+        """Keep the adapter with the run, where ``tracking.log_adapter`` asks for it."""
+        for sink in self._sinks if self._log_adapter else ():
+            sink.artifact("adapter", folder)
 
     def position(self) -> int:
         """Length of ``metrics.jsonl`` in bytes, to go back to. Rank 0 only."""
@@ -53,34 +87,38 @@ class Tracker:
 
     def rewind(self, position: int) -> None:
         """Forget the rows that an interrupted run wrote after its last checkpoint; they will be written again."""
-        if self._file is not None:
-            self._file.truncate(position)
+        if self._file is None:
+            return
+        self._file.truncate(position)
+        rows = read_json_lines(self._path)
+        self._step = max((row["step"] for row in rows if row["kind"] == "step"), default=0)
+        for sink in self._sinks:
+            sink.go_on(rows)
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._tell_consolidated()
         if self._file is not None:
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if error is None else 1)
+        for sink in self._sinks:
+            sink.close(failed=error is not None)
+
+    def _tell_consolidated(self) -> None:
+        rows, self._factors = self._factors, []
+        for sink in self._sinks if rows else ():
+            sink.consolidated(self._step, rows)
 
 
-def _start_wandb(options: TrackingOptions, folder: Path, config: Mapping[str, Any]) -> Any:
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb  # slow to import, and needed by one rank of a tracked run only
+def _make_sinks(options: TrackingOptions, folder: Path, config: Mapping[str, Any]) -> list[Sink]:
+    sinks: list[Sink] = []
+    if SinkName.wandb in options.sinks and options.mode is not TrackingMode.disabled:
+        from lifealign.runtime.wandb_sink import WandbSink
 
-    kept = folder / "tracking.json"
-    if not kept.exists():
-        write_json(kept, {"wandb_id": secrets.token_hex(4)})
-    return wandb.init(
-        mode=options.mode.value,
-        project=options.project,
-        group=options.group,
-        name=folder.name,
-        id=read_json(kept)["wandb_id"],
-        resume="allow" if options.mode is TrackingMode.online else None,
-        dir=str(folder),
-        config=dict(config),
-        settings=wandb.Settings(console="off", silent=True),
-    )
+        sinks.append(WandbSink(options, folder, config))
+    if SinkName.tensorboard in options.sinks:
+        sinks.append(TensorBoardSink(folder))
+    if SinkName.csv in options.sinks:
+        sinks.append(CsvSink(folder))
+    return sinks
