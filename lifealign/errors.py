@@ -30,6 +30,17 @@ class ConsolidationFailed(RuntimeError):
     """
 
 
+class Interrupted(Exception):
+    """A signal asked the run to end, and all that it had done is saved. Raised on every rank.
+
+    Commands print the text alone and exit with status 128 plus the number of the signal.
+    """
+
+    def __init__(self, text: str, signal: int) -> None:
+        super().__init__(text)
+        self.signal = signal
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest known word, or ``"; known: a, b"`` where none is near and they are few."""
     names = sorted(str(k) for k in known)

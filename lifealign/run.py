@@ -27,6 +27,7 @@ from lifealign.memory.contributions import summarise
 from lifealign.runtime import checkpoint, distributed
 from lifealign.runtime.files import read_json_lines, write_json, write_text
 from lifealign.runtime.options import Resume
+from lifealign.runtime.signals import StopSignals
 from lifealign.runtime.terminal import console, log_file
 from lifealign.runtime.tracking import Tracker
 
@@ -40,8 +41,8 @@ def train(composed: DictConfig) -> None:
     distributed.start()
     settings = resolved(composed)
     folder = open_run_directory(composed, config, settings)
-    with log_file(folder), Tracker(config.tracking, folder, settings) as tracker:
-        lifelong = Lifelong(config, folder, tracker, settings)
+    with StopSignals() as signals, log_file(folder), Tracker(config.tracking, folder, settings) as tracker:
+        lifelong = Lifelong(config, folder, tracker, settings, signals)
         log_data(lifelong)
         lifelong.run()
         lifelong.timing["total"] += time.perf_counter() - started

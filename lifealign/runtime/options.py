@@ -34,13 +34,16 @@ class RunOptions:
 
 @dataclass
 class CheckpointOptions:
-    """``checkpoint.*``."""
+    """``checkpoint.*``. There is one at the end of every stage and task in any case."""
 
+    every: int | None = 50  # optimiser steps from one checkpoint within a stage to the next; null: none within a stage
     keep: int = 2  # how many of the newest checkpoints stay on disk
 
     def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise UserError(f"checkpoint.keep={self.keep}: must be at least 1")
+        for key in ("every", "keep"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"checkpoint.{key}={value}: must be at least 1")
 
 
 @dataclass
