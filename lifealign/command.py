@@ -1,6 +1,7 @@
 """What every command shares: arguments made fit for Hydra, users' mistakes told in one line, exit codes.
 
-Exit 0: the work was done. 2: a user's mistake, told in one line on standard error. 1: anything else, with its traceback.
+Exit 0: the work was done. 2: a user's mistake, told in one line on standard error. 130 and 143: a run was stopped by SIGINT or
+SIGTERM and is saved. 1: anything else; with its traceback, unless it is a failure that a line tells of.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -25,10 +26,10 @@ from omegaconf.errors import OmegaConfBaseException
 import lifealign.conf
 from lifealign.config import Config
 from lifealign.data.options import SequenceOptions
-from lifealign.errors import ConsolidationFailed, TrainingDiverged, UserError, did_you_mean
+from lifealign.errors import ConsolidationFailed, Interrupted, StorageFailed, TrainingDiverged, UserError, did_you_mean
 from lifealign.runtime import distributed
 
-FAILURES = (TrainingDiverged, ConsolidationFailed)
+FAILURES = (TrainingDiverged, ConsolidationFailed, StorageFailed, Interrupted)
 """What ends a run though the user made no mistake, and is told in one line."""
 
 KNOWN = (UserError, *FAILURES, HydraException, OmegaConfBaseException)
@@ -62,6 +63,8 @@ def hydra_command(task: Callable[[DictConfig], object]) -> None:
             try:
                 check_keys(composed)
                 task(composed)
+            except Interrupted:  # a signal ends all jobs of a sweep
+                raise
             except KNOWN as error:  # kept from Hydra, which would print more than a line and end the sweep
                 failures.append(error)
                 _print_error(error)
@@ -86,7 +89,14 @@ def exit_codes() -> Iterator[list[Exception]]:
     if failures:
         if not distributed.is_main():
             time.sleep(GRACE_SECONDS)
-        sys.exit(1 if any(isinstance(failure, FAILURES) for failure in failures) else 2)
+        sys.exit(_exit_code(failures))
+
+
+def _exit_code(failures: Sequence[Exception]) -> int:
+    interrupted = next((failure for failure in failures if isinstance(failure, Interrupted)), None)
+    if interrupted is not None:
+        return 128 + interrupted.signal
+    return 1 if any(isinstance(failure, FAILURES) for failure in failures) else 2
 
 
 def _print_error(error: Exception) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 
 import deepspeed
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from lifealign.assets import SIX_DOMAINS
 from lifealign.config import Config, settings_hash
 from lifealign.data.tasks import Task, load_tasks
 from lifealign.data.tokenize import Pair
-from lifealign.errors import Interrupted, UserError
+from lifealign.errors import Interrupted, StorageFailed, UserError
 from lifealign.evaluation.evaluate import Evaluator
 from lifealign.evaluation.judge import Judge, judge_folder
 from lifealign.evaluation.scores import ScoreBook
@@ -274,12 +275,14 @@ class Lifelong:
                     self.tracker.log("judge", {**where, **result.judged.counts()})
         left = self.folder / "tasks" / f"{number + 1:02d}_{task.name}"
         with self._timed("saving"):
-            save_adapter(self.policy, left / "adapter")
-            save_adapter(self.policy, self.folder / "adapter")
-            if distributed.is_main():
-                write_json_lines(left / "predictions.jsonl", predictions)
-                write_json(left / "scores.json", {"after": task.name, "scores": scores})
-                write_json(self.folder / "scores.json", self.scores())
+            for folder in (left, self.folder):
+                with self._writing():
+                    save_adapter(self.policy, folder / "adapter")
+            with self._writing():
+                if distributed.is_main():
+                    write_json_lines(left / "predictions.jsonl", predictions)
+                    write_json(left / "scores.json", {"after": task.name, "scores": scores})
+                    write_json(self.folder / "scores.json", self.scores())
 
     def scores(self) -> dict[str, Any]:
         """``scores.json``."""
@@ -321,7 +324,9 @@ class Lifelong:
         self._write_checkpoint({"steps": steps, "batch_size": batch_size, "strategy": strategy.values}, parts)
 
     def _write_checkpoint(self, midway: Mapping[str, Any] | None = None, parts: Tensors | None = None) -> None:
-        if distributed.is_main():
+        with self._writing():
+            if not distributed.is_main():
+                return
             values, tensors = self._between_phases
             volatile = {"timing": dict(self.timing), "metrics_bytes": self.tracker.position()}
             number = self.position.task * len(PHASES) + PHASES.index(self.position.phase)
@@ -332,7 +337,17 @@ class Lifelong:
                 {**tensors, **_prefixed(reference=self.reference.state_dict(), midway=parts or {})},
                 keep=self.config.checkpoint.keep,
             )
-        distributed.barrier()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Inside, rank 0 writes; where it cannot, all ranks end together. What ranks exchange there they exchange first."""
+        try:
+            with distributed.failing_together(OSError, SafetensorError):
+                yield
+        except (OSError, SafetensorError) as error:
+            raise StorageFailed(
+                f"{self.folder}: cannot be written ({error}); the newest checkpoint stands, and the same command goes on"
+            ) from error
 
     def _restore(self) -> None:
         """Take up the newest checkpoint, where there is one."""

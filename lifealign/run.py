@@ -7,7 +7,8 @@ import logging
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from lifealign.memory.bank import read_ledger
 from lifealign.memory.contributions import summarise
 from lifealign.runtime import checkpoint, distributed
 from lifealign.runtime.files import read_json_lines, write_json, write_text
+from lifealign.runtime.lock import locked
 from lifealign.runtime.options import Resume
 from lifealign.runtime.signals import StopSignals
 from lifealign.runtime.terminal import console, log_file
@@ -40,8 +42,12 @@ def train(composed: DictConfig) -> None:
     config = build(composed)
     distributed.start()
     settings = resolved(composed)
-    folder = open_run_directory(composed, config, settings)
-    with StopSignals() as signals, log_file(folder), Tracker(config.tracking, folder, settings) as tracker:
+    with (
+        StopSignals() as signals,
+        run_directory(composed, config, settings) as folder,
+        log_file(folder),
+        Tracker(config.tracking, folder, settings) as tracker,
+    ):
         lifelong = Lifelong(config, folder, tracker, settings, signals)
         log_data(lifelong)
         lifelong.run()
@@ -52,25 +58,29 @@ def train(composed: DictConfig) -> None:
             console.print(f"{folder}: adapter/, scores.json, report/index.html")
 
 
-def open_run_directory(composed: DictConfig, config: Config, settings: Mapping[str, Any]) -> Path:
-    """Find or make the run directory, on rank 0 for all ranks, and write ``config.yaml`` into it.
+@contextmanager
+def run_directory(composed: DictConfig, config: Config, settings: Mapping[str, Any]) -> Iterator[Path]:
+    """Find or make the run directory, on rank 0 for all ranks, and write ``config.yaml`` into it. Inside, it is this run's.
 
     Raises:
-        UserError: on every rank, where the directory holds a run with other settings.
+        UserError: on every rank, where the directory holds a run with other settings, or one that is running.
     """
     outcome: Path | UserError | None = None
-    if distributed.is_main():
-        try:
-            outcome = _prepare_directory(_wanted_directory(composed, config), config, settings)
-        except UserError as error:
-            outcome = error
-        except OSError as error:
-            outcome = UserError(f"run.dir: {error}")
-    outcome = distributed.broadcast_object(outcome)
-    if isinstance(outcome, UserError):
-        raise outcome
-    assert outcome is not None
-    return outcome
+    with ExitStack() as held:
+        if distributed.is_main():
+            try:
+                outcome = _chosen_directory(_wanted_directory(composed, config), config)
+                held.enter_context(locked(outcome, "a run is going on there; wait for it or end it, or name another run.dir"))
+                _prepare_directory(outcome, config, settings)
+            except UserError as error:
+                outcome = error
+            except OSError as error:
+                outcome = UserError(f"run.dir: {error}")
+        outcome = distributed.broadcast_object(outcome)
+        if isinstance(outcome, UserError):
+            raise outcome
+        assert outcome is not None
+        yield outcome
 
 
 def _wanted_directory(composed: DictConfig, config: Config) -> Path:
@@ -81,14 +91,20 @@ def _wanted_directory(composed: DictConfig, config: Config) -> Path:
     return parent / (config.run.name or run_name(composed))
 
 
-def _prepare_directory(folder: Path, config: Config, settings: Mapping[str, Any]) -> Path:
-    held = folder / "config.yaml"
-    if held.exists() and config.resume is Resume.never:
+def _chosen_directory(folder: Path, config: Config) -> Path:
+    if (folder / "config.yaml").exists() and config.resume is Resume.never:
         if config.run.dir is not None:
             raise UserError(f"run.dir={folder} holds a run already; name another run.dir, or leave out resume=never")
-        folder = _next_free(folder)
-        held = folder / "config.yaml"
-    elif held.exists() and checkpoint.newest_folder(folder / "checkpoints") is not None:
+        return _next_free(folder)
+    return folder
+
+
+def _prepare_directory(folder: Path, config: Config, settings: Mapping[str, Any]) -> None:
+    link = next((path for path in [folder, *folder.iterdir()] if path.is_symlink()), None)
+    if link is not None:  # what is written below it would land elsewhere
+        raise UserError(f"{link}: is a symbolic link; a run writes to folders of its own, so name the real one")
+    held = folder / "config.yaml"
+    if held.exists() and checkpoint.newest_folder(folder / "checkpoints") is not None:
         changed = differences(yaml.safe_load(held.read_text()), dict(settings))
         if changed and config.resume is not Resume.force:
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -96,9 +112,7 @@ def _prepare_directory(folder: Path, config: Config, settings: Mapping[str, Any]
                 f"{folder} holds a run with another {changed[0]}{more}; resume=force goes on with the new setting, "
                 "another run.dir starts anew"
             )
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(held, yaml.safe_dump(dict(settings), sort_keys=False))
-    return folder
 
 
 def _next_free(folder: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from lifealign.errors import UserError
+from lifealign.errors import UserError, check_name
 
 
 class Resume(Enum):
@@ -30,6 +30,10 @@ class RunOptions:
 
     name: str | None = None  # None: made of sequence, strategy, objective, seed and a hash of the settings
     dir: str | None = None  # None: runs/NAME, or NAME under hydra.sweep.dir in a sweep
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            check_name("run.name", self.name)
 
 
 @dataclass
