@@ -29,6 +29,7 @@ from lifealign.runtime import checkpoint, distributed
 from lifealign.runtime.files import read_json_lines, write_json, write_text
 from lifealign.runtime.lock import locked
 from lifealign.runtime.options import Resume
+from lifealign.runtime.orphan import ends_with_launcher
 from lifealign.runtime.signals import StopSignals
 from lifealign.runtime.terminal import console, log_file
 from lifealign.runtime.tracking import Tracker
@@ -44,6 +45,7 @@ def train(composed: DictConfig) -> None:
     settings = resolved(composed)
     with (
         StopSignals() as signals,
+        ends_with_launcher(),
         run_directory(composed, config, settings) as folder,
         log_file(folder),
         Tracker(config.tracking, folder, settings) as tracker,

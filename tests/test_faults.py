@@ -183,11 +183,41 @@ def test_without_a_good_checkpoint_the_run_does_not_start_over(stopped: Path, tm
     assert (folder / "metrics.jsonl").read_text() == log
 
 
-def ranks_of(folder: Path) -> list[psutil.Process]:
-    """Processes of a run, launcher excepted."""
-    found = []
+DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2")
+
+
+def processes_of(folder: Path) -> dict[str, list[psutil.Process]]:
+    """``ranks`` of a run, and the ``launcher`` of this node, whose children they are."""
+    found: dict[str, list[psutil.Process]] = {"ranks": [], "launcher": []}
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if f"run.dir={folder}" in words and any(word.startswith("--local_rank") for word in words) and "-m" not in words:
-            found.append(process)
+        if f"run.dir={folder}" in words and "deepspeed.launcher.launch" in words:
+            found["launcher"].append(process)
+        elif f"run.dir={folder}" in words and any(word.startswith("--local_rank") for word in words):
+            found["ranks"].append(process)
     return found
+
+
+@pytest.mark.parametrize("victim", ["rank", "launcher", "nobody"])
+def test_nothing_is_left_of_two_ranks(victim: str, tmp_path: Path) -> None:
+    """SIGKILL of a rank or of their launcher, and SIGTERM to the command: all end within a minute, and the run goes on."""
+    folder = tmp_path / "run"
+    command = start(folder, *DEEPSPEED)
+    wait_for_steps(folder, 8, command)
+    found = processes_of(folder)
+    assert (len(found["ranks"]), len(found["launcher"])) == (2, 1)
+    if victim == "nobody":
+        command.terminate()
+    else:
+        (found["ranks"][1] if victim == "rank" else found["launcher"][0]).kill()
+    said = command.communicate(timeout=60)[1]
+    _, alive = psutil.wait_procs([*found["ranks"], *found["launcher"]], timeout=60)
+    assert not alive
+    if victim == "launcher":
+        assert "the launcher is gone" in said
+    else:
+        assert command.returncode != 0
+    if victim != "rank":  # they were asked, and have saved where they were
+        assert "and saved" in said
+    assert start(folder, *DEEPSPEED).wait(timeout=250) == 0
+    assert len(list((folder / "tasks").iterdir())) == 2

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from types import FrameType, TracebackType
 
 ASKING = (signal.SIGTERM, signal.SIGINT)
 
+AGAIN_SECONDS = 5.0
+"""Signals within this time are one request: launchers send several at once."""
+
 
 class StopSignals:
-    """Inside, the first SIGTERM or SIGINT is only noted; a second one ends the process as it would without this."""
+    """Inside, SIGTERM and SIGINT are only noted. One that comes ``AGAIN_SECONDS`` later ends the process at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._since = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -24,6 +30,8 @@ class StopSignals:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        for other, handler in self._before.items():
-            signal.signal(other, handler)  # type: ignore[arg-type]
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > AGAIN_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
