@@ -1,6 +1,7 @@
 """What every command shares: arguments made fit for Hydra, users' mistakes told in one line, exit codes.
 
-Exit 0: the work was done. 2: a user's mistake, told in one line on standard error. 1: anything else, with its traceback.
+Exit 0: the work was done. 2: a user's mistake, told in one line on standard error. 130 and 143: a run was stopped by SIGINT or
+SIGTERM and is saved. 1: anything else; with its traceback, unless it is a failure that a line tells of.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from lifealign import sweep
 from lifealign.config import Config
 from lifealign.data.options import SequenceOptions
 from lifealign.environment import prepare_process
-from lifealign.errors import ConsolidationFailed, TrainingDiverged, UserError, did_you_mean
+from lifealign.errors import ConsolidationFailed, Interrupted, StorageFailed, TrainingDiverged, UserError, did_you_mean
 from lifealign.runtime import distributed
 from lifealign.runtime.terminal import console
 
-FAILURES = (TrainingDiverged, ConsolidationFailed)
+FAILURES = (TrainingDiverged, ConsolidationFailed, StorageFailed, Interrupted)
 """What ends a run though the user made no mistake, and is told in one line."""
 
 KNOWN = (UserError, *FAILURES, HydraException, OmegaConfBaseException)
@@ -40,6 +41,9 @@ KNOWN = (UserError, *FAILURES, HydraException, OmegaConfBaseException)
 
 FREE_KEYS = ("zero.settings.", "sequence.sources.")
 """Beginnings of keys that a user may add."""
+
+SIGNALLED = 128
+"""What shells add to the number of a signal that ended a command."""
 
 GRACE_SECONDS = 10.0
 """How long other ranks leave rank 0 to tell the user what is wrong: a launcher ends all ranks when the first one exits."""
@@ -114,7 +118,8 @@ def _tell_of_job(error: Exception, job: sweep.Job) -> None:
     """Say why a job of a sweep failed, and take note of it.
 
     Raises:
-        _SweepStopped: where no job may follow: this rank failed alone, and the others wait for it within the job.
+        _SweepStopped: where no job may follow: this rank failed alone, and the others wait for it within the job; or a signal
+            asked for an end.
     """
     known = isinstance(error, KNOWN)
     together = known or distributed.all_come(f"failure of job {job.number}", GRACE_SECONDS)
@@ -123,6 +128,8 @@ def _tell_of_job(error: Exception, job: sweep.Job) -> None:
     elif distributed.is_main() or not together:
         traceback.print_exception(error)
     sweep.note(job, exit_code(error), one_line(error) if known else f"{type(error).__name__}: {error}")
+    if isinstance(error, Interrupted):
+        raise _SweepStopped(exit_code(error))
     if not together:
         told = "failed alone, and the others wait for it: the sweep ends here, and the same command goes on"
         print(f"error: rank {distributed.rank()} {told}", file=sys.stderr, flush=True)
@@ -142,6 +149,8 @@ def _end_sweep(folder: Path, after_sweep: AfterSweep | None) -> list[int]:
 
 def exit_code(error: Exception) -> int:
     """The code with which a command that met an error exits."""
+    if isinstance(error, Interrupted):
+        return SIGNALLED + error.signal
     return 2 if isinstance(error, KNOWN) and not isinstance(error, FAILURES) else 1
 
 
@@ -162,7 +171,7 @@ def exit_codes() -> Iterator[list[int]]:
     if codes:
         if not distributed.is_main():
             time.sleep(GRACE_SECONDS)
-        sys.exit(1 if 1 in codes else 2)
+        sys.exit(max(codes) if max(codes) > SIGNALLED else min(codes))  # a signal first, then 1, then 2
 
 
 def _print_error(error: Exception) -> None:

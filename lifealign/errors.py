@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -28,6 +29,30 @@ class ConsolidationFailed(RuntimeError):
 
     Commands print the text alone and exit with status 1.
     """
+
+
+class StorageFailed(RuntimeError):
+    """The run directory cannot be written: full, gone, read-only. Raised on every rank; what was written before stands.
+
+    Commands print the text alone and exit with status 1.
+    """
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end, and all that it had done is saved. Raised on every rank.
+
+    Commands print the text alone and exit with status 128 plus the number of the signal.
+    """
+
+    def __init__(self, text: str, signal: int) -> None:
+        super().__init__(text)
+        self.signal = signal
+
+
+def check_name(key: str, name: str) -> None:
+    """Raises UserError for a name that is to become part of a path and might lead elsewhere, or be no name of a file."""
+    if not re.fullmatch(r"\w[\w.+=,@ -]{0,199}", name):
+        raise UserError(f"{key}={name!r}: a name becomes a folder's; use letters, digits and . _ - + = , @")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

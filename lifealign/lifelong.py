@@ -5,21 +5,25 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
+import deepspeed
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from lifealign.assets import SIX_DOMAINS
 from lifealign.config import Config, settings_hash
 from lifealign.data.tasks import Task, load_tasks
 from lifealign.data.tokenize import Pair
-from lifealign.errors import UserError
+from lifealign.errors import Interrupted, StorageFailed, UserError
+from lifealign.evaluation.dashboard import show_task
 from lifealign.evaluation.evaluate import Evaluator
 from lifealign.evaluation.judge import Judge, judge_folder
 from lifealign.evaluation.scores import ScoreBook
@@ -30,6 +34,9 @@ from lifealign.models.scoring import ReferenceLogps, pair_row
 from lifealign.runtime import checkpoint, distributed
 from lifealign.runtime.engine import deepspeed_config, inference_engine, training_engine
 from lifealign.runtime.files import write_json, write_json_lines
+from lifealign.runtime.optimizer import read_optimizer, write_optimizer
+from lifealign.runtime.randomness import read_rng, write_rng
+from lifealign.runtime.signals import StopSignals
 from lifealign.runtime.tracking import Tracker
 from lifealign.stages import PreferenceStage, Stage, StageOptions, SupervisedStage
 from lifealign.strategies import Context, Run, State
@@ -39,6 +46,18 @@ log = logging.getLogger(__name__)
 
 PHASES = ("sft", "preference", "commit")
 """A task's phases, each ending in a checkpoint. ``commit`` updates the strategy, evaluates and writes what is left."""
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Midway:
+    """What an interrupted stage goes on from, once it has begun again as it began then: its weights and all that moves them."""
+
+    steps: int  # taken
+    batch_size: int  # pairs in each of them
+    strategy: dict[str, Any]
+    parts: dict[str, Tensors]  # adapter, added, optimizer, rng, strategy
 
 
 @dataclass
@@ -64,10 +83,13 @@ class Lifelong:
         folder: the run directory, the same on every rank.
         tracker: where numbers go.
         settings: the same configuration as plain values, as ``config.yaml`` holds it.
+        signals: what asks the run to end.
     """
 
-    def __init__(self, config: Config, folder: Path, tracker: Tracker, settings: Mapping[str, Any]) -> None:
-        self.config, self.folder, self.tracker = config, folder, tracker
+    def __init__(
+        self, config: Config, folder: Path, tracker: Tracker, settings: Mapping[str, Any], signals: StopSignals | None = None
+    ) -> None:
+        self.config, self.folder, self.tracker, self.signals = config, folder, tracker, signals or StopSignals()
         self.timing: dict[str, float] = defaultdict(float)
         with self._timed("loading"):
             self.tokenizer = load_tokenizer(config.model)
@@ -94,9 +116,15 @@ class Lifelong:
         self.book = ScoreBook([task.name for task in self.tasks])
         self.position = Position()
         self.steps = 0
+        self._between_phases: tuple[dict[str, Any], Tensors] = {}, {}  # the last checkpoint that was made there; rank 0
+        self._midway: Midway | None = None  # of the stage to come, where it was interrupted
 
     def run(self) -> None:
-        """Go on from the newest checkpoint, or start, and run every phase that is left."""
+        """Go on from the newest checkpoint, or start, and run every phase that is left.
+
+        Raises:
+            Interrupted: on every rank, once all that was done is saved, where any rank received a signal that asks for it.
+        """
         self._restore()
         while self.position.task < len(self.plan):
             number, phase = self.position.task, self.position.phase
@@ -110,6 +138,14 @@ class Lifelong:
             self.position.advance()
             with self._timed("saving"):
                 self._save()
+            self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        received = next((number for number in distributed.gather_objects(self.signals.received) if number is not None), None)
+        if received is not None:
+            where = f"task {self.position.task + 1}, {self.position.phase}"
+            text = f"{self.folder}: stopped by {Signals(received).name} and saved ({where}); the same command goes on"
+            raise Interrupted(text, received)
 
     # Training
 
@@ -122,8 +158,11 @@ class Lifelong:
         if options.epochs == 0:
             return
         context = self._context(number, stage.name)
+        midway, self._midway = self._midway, None
         pairs = self.strategy.train_data(context, context.task.train)
         self.strategy.begin_stage(context)
+        if midway is not None:  # before there is an engine, which copies the weights
+            self._take_up_weights(midway)
         torch.manual_seed(context.generator("dropout").initial_seed() % 2**32 + distributed.rank())
         accumulation = options.accumulation(stage.name, distributed.world_size())
         engine_config = deepspeed_config(
@@ -138,7 +177,7 @@ class Lifelong:
         ) as engine:
             if stage.name == "preference":
                 with self._timed("reference"):
-                    self._ensure_reference(engine, pairs, context.task)
+                    self._ensure_reference(engine, pairs, context.task, log_it=midway is None)
             trainer = Trainer(
                 engine=engine,
                 stage=stage,
@@ -149,13 +188,48 @@ class Lifelong:
                 pad_token_id=pad_token_id(self.tokenizer),
                 log_every=self.config.tracking.log_every,
                 steps_before=self.steps,
-                between_steps=partial(self._probe, engine, context),
+                asked_to_stop=lambda: self.signals.received is not None,
             )
+            taken = 0 if midway is None else midway.steps
+            trainer.between_steps = self._between_steps(trainer, taken)
+            if midway is not None:
+                self._take_up_progress(engine, midway)
             with self._timed(stage.name):
-                self.steps += trainer.train(pairs)
+                self.steps += trainer.train(pairs, taken=taken)
         with self._timed("consolidation"):
             for record in self.strategy.end_stage(context):
                 self.tracker.log("consolidation", {"task": context.task.name, "stage": stage.name, **record})
+
+    def _between_steps(self, trainer: Trainer, saved: int) -> Callable[[int], None]:
+        """What is done before each step of a stage: a checkpoint where one is due, and a look at old tasks.
+
+        Args:
+            saved: steps of the stage that a checkpoint holds already.
+        """
+        every = self.config.checkpoint.every
+
+        def between(steps: int) -> None:
+            nonlocal saved
+            due = trainer.stopping or (every is not None and steps - saved >= every)
+            if due and steps > saved and trainer.between_lines:
+                with self._timed("saving"):
+                    self._save_midway(trainer, steps)
+                saved = steps
+                self._stop_if_asked()
+            self._probe(trainer.engine, trainer.context, steps)
+
+        return between
+
+    def _take_up_weights(self, midway: Midway) -> None:
+        write_factors(self.policy.model, midway.parts["adapter"], dict.fromkeys(midway.parts["adapter"], 0))
+        write_added(self.policy, midway.parts["added"])
+
+    def _take_up_progress(self, engine: deepspeed.DeepSpeedEngine, midway: Midway) -> None:
+        write_optimizer(engine, midway.parts["optimizer"])
+        for _ in range(midway.steps):  # a schedule is a function of the number of steps
+            engine.lr_scheduler.step()
+        self.strategy.load_stage_state(State(midway.strategy, midway.parts["strategy"]))
+        write_rng(midway.parts["rng"])
 
     def _probe(self, engine: torch.nn.Module, context: Context, steps: int) -> None:
         """Every few steps, look at how the tasks fare that were learned before this one (the stability gap)."""
@@ -167,7 +241,7 @@ class Lifelong:
             where = {"step": self.steps + steps, "task": context.task.name, "stage": context.stage, "on": task.name}
             self.tracker.log("probe", {**where, **self.evaluator.probe(engine, task)})
 
-    def _ensure_reference(self, engine: torch.nn.Module, pairs: Sequence[Pair], task: Task) -> None:
+    def _ensure_reference(self, engine: torch.nn.Module, pairs: Sequence[Pair], task: Task, *, log_it: bool) -> None:
         counts = self.reference.ensure(
             engine,
             self.policy,
@@ -175,7 +249,8 @@ class Lifelong:
             batch_size=self.config.evaluation.batch_size,
             pad_token_id=pad_token_id(self.tokenizer),
         )
-        self.tracker.log("reference", {"task": task.name, **counts._asdict()})
+        if log_it:  # a stage that goes on has its line
+            self.tracker.log("reference", {"task": task.name, **counts._asdict()})
 
     # Evaluation and commit
 
@@ -199,14 +274,18 @@ class Lifelong:
                 self.tracker.log("evaluation", {**where, **result.scores})
                 if result.judged is not None:
                     self.tracker.log("judge", {**where, **result.judged.counts()})
+        with self._timed("tracking"):
+            show_task(self.tracker, self.book, self.config.objective, predictions)
         left = self.folder / "tasks" / f"{number + 1:02d}_{task.name}"
         with self._timed("saving"):
-            save_adapter(self.policy, left / "adapter")
-            save_adapter(self.policy, self.folder / "adapter")
-            if distributed.is_main():
-                write_json_lines(left / "predictions.jsonl", predictions)
-                write_json(left / "scores.json", {"after": task.name, "scores": scores})
-                write_json(self.folder / "scores.json", self.scores())
+            for folder in (left, self.folder):
+                with self._writing():
+                    save_adapter(self.policy, folder / "adapter")
+            with self._writing():
+                if distributed.is_main():
+                    write_json_lines(left / "predictions.jsonl", predictions)
+                    write_json(left / "scores.json", {"after": task.name, "scores": scores})
+                    write_json(self.folder / "scores.json", self.scores())
 
     def scores(self) -> dict[str, Any]:
         """``scores.json``."""
@@ -216,31 +295,70 @@ class Lifelong:
 
     def _save(self) -> None:
         """Write a checkpoint of everything that the phases to come depend on."""
+        self._between_phases = self._state()
+        self._write_checkpoint()
+
+    def _state(self) -> tuple[dict[str, Any], Tensors]:
+        """Values and tensors that the phases to come depend on. Call on every rank."""
         strategy = self.strategy.state_dict()
-        tensors = {f"adapter/{k}": v for k, v in read_factors(self.policy.model).items()}
-        tensors |= {f"added/{k}": v for k, v in read_added(self.policy).items()}
-        tensors |= {f"reference/{k}": v for k, v in self.reference.state_dict().items()}
-        tensors |= {f"strategy/{k}": v for k, v in strategy.tensors.items()}
-        if distributed.is_main():
-            state = {
-                "task": self.position.task,
-                "phase": self.position.phase,
-                "steps": self.steps,
-                "scores": self.scores(),
-                "strategy": strategy.values,
-                "timing": dict(self.timing),
-                "metrics_bytes": self.tracker.position(),
-                "data": {task.name: task.data_hash for task in self.tasks},
-            }
+        tensors = _prefixed(adapter=read_factors(self.policy.model), added=read_added(self.policy), strategy=strategy.tensors)
+        values = {
+            "task": self.position.task,
+            "phase": self.position.phase,
+            "steps": self.steps,
+            "scores": self.scores(),
+            "strategy": strategy.values,
+            "data": {task.name: task.data_hash for task in self.tasks},
+        }
+        return values, tensors
+
+    def _save_midway(self, trainer: Trainer, steps: int) -> None:
+        """Write a checkpoint within a stage: the one before the stage, and how far the stage has come."""
+        trainer.write_line()
+        strategy = self.strategy.stage_state()
+        parts = _prefixed(
+            adapter=read_factors(self.policy.model),
+            added=read_added(self.policy),
+            optimizer=read_optimizer(trainer.engine),
+            rng=read_rng(),
+            strategy=strategy.tensors,
+        )
+        batch_size = trainer.options.global_batch(trainer.stage.name, distributed.world_size())
+        self._write_checkpoint({"steps": steps, "batch_size": batch_size, "strategy": strategy.values}, parts)
+
+    def _write_checkpoint(self, midway: Mapping[str, Any] | None = None, parts: Tensors | None = None) -> None:
+        with self._writing():
+            if not distributed.is_main():
+                return
+            values, tensors = self._between_phases
+            volatile = {"timing": dict(self.timing), "metrics_bytes": self.tracker.position()}
             number = self.position.task * len(PHASES) + PHASES.index(self.position.phase)
-            checkpoint.save(self.folder / "checkpoints", number, state, tensors, keep=self.config.checkpoint.keep)
-        distributed.barrier()
+            checkpoint.save(
+                self.folder / "checkpoints",
+                checkpoint.checkpoint_name(number, 0 if midway is None else midway["steps"]),
+                {**values, **volatile, "midway": midway},
+                {**tensors, **_prefixed(reference=self.reference.state_dict(), midway=parts or {})},
+                keep=self.config.checkpoint.keep,
+            )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Inside, rank 0 writes; where it cannot, all ranks end together. What ranks exchange there they exchange first."""
+        try:
+            with distributed.failing_together(OSError, SafetensorError):
+                yield
+        except (OSError, SafetensorError) as error:
+            raise StorageFailed(
+                f"{self.folder}: cannot be written ({error}); the newest checkpoint stands, and the same command goes on"
+            ) from error
 
     def _restore(self) -> None:
         """Take up the newest checkpoint, where there is one."""
         found = checkpoint.newest(self.folder / "checkpoints")
         if found is None:
+            self._refuse_a_lost_run()
             self.tracker.rewind(0)  # a run that never came to its first checkpoint starts over
+            self._between_phases = self._state()
             return
         state, parts = found.state, _by_prefix(found.tensors)
         self._check_data(state["data"])
@@ -254,7 +372,11 @@ class Lifelong:
         self.reference.load_state_dict(parts["reference"])
         self.strategy.load_state_dict(State(state["strategy"], parts["strategy"]))
         self.tracker.rewind(state["metrics_bytes"])
-        log.info("resumed at task %d, %s", self.position.task + 1, self.position.phase)
+        between_phases = {name: tensor for name, tensor in found.tensors.items() if not name.startswith("midway/")}
+        self._between_phases = state, between_phases
+        if state["midway"] is not None:
+            self._midway = self._checked(Midway(**state["midway"], parts=_by_prefix(parts["midway"])))
+        log.info("resumed from checkpoint %s at task %d, %s", found.name, self.position.task + 1, self.position.phase)
 
     def _extended(self, before: ScoreBook) -> ScoreBook:
         """Scores of a run that may go on with tasks added to its sequence; the tasks it has met stay as they were."""
@@ -278,6 +400,26 @@ class Lifelong:
             for experience in self.plan[: self.position.task]:
                 for task in experience.scored if len(experience.rows) > 1 else ():
                     book.record_rows(metric, experience.rows, task, matrix[experience.rows[0]][task])
+
+    def _refuse_a_lost_run(self) -> None:
+        """A run that has come somewhere has checkpoints; without them it must not start over unasked."""
+        if any(distributed.gather_objects((self.folder / "scores.json").exists())):
+            raise UserError(
+                f"{self.folder}: holds a run without its checkpoints, which cannot go on; take them from a copy of the run, or "
+                "name another run.dir to start anew"
+            )
+
+    def _checked(self, midway: Midway) -> Midway:
+        """Raises UserError where the stage would now take its rows in other batches."""
+        stage = self.position.phase
+        options: StageOptions = getattr(self.config, stage)
+        batch_size = options.global_batch(stage, distributed.world_size())
+        if batch_size != midway.batch_size:
+            raise UserError(
+                f"{self.folder}: was interrupted in a stage with {midway.batch_size} pairs a step, which would now have "
+                f"{batch_size}; set {stage}.batch_size={midway.batch_size}"
+            )
+        return midway
 
     def _check_weights(self, adapter: Mapping[str, torch.Tensor], added: Mapping[str, torch.Tensor]) -> None:
         """What is trained may have another shape where a run goes on with changed settings."""
@@ -333,6 +475,10 @@ def make_policy(config: Config, tasks: Sequence[Task]) -> Policy:
     if config.model.gradient_checkpointing:
         enable_gradient_checkpointing(model, zero_stage=config.zero.stage)
     return policy
+
+
+def _prefixed(**parts: Mapping[str, torch.Tensor]) -> Tensors:
+    return {f"{prefix}/{name}": tensor for prefix, part in parts.items() for name, tensor in part.items()}
 
 
 def _by_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

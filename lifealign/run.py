@@ -6,7 +6,8 @@ import importlib.metadata
 import logging
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from lifealign import sweep
 from lifealign.config import Config, build, differences, resolved, run_name
 from lifealign.data.tasks import Task
 from lifealign.errors import UserError
-from lifealign.evaluation.dashboard import show_task
 from lifealign.evaluation.report import write_report
 from lifealign.evaluation.samples import read_changes
 from lifealign.evaluation.scores import ScoreBook, closing_table
@@ -29,7 +29,10 @@ from lifealign.memory.bank import read_ledger
 from lifealign.memory.contributions import summarise
 from lifealign.runtime import checkpoint, distributed
 from lifealign.runtime.files import read_json_lines, write_json, write_text
+from lifealign.runtime.lock import locked
 from lifealign.runtime.options import Resume
+from lifealign.runtime.orphan import ends_with_launcher
+from lifealign.runtime.signals import StopSignals
 from lifealign.runtime.terminal import console, log_file
 from lifealign.runtime.tracking import Tracker
 
@@ -48,26 +51,26 @@ def train(composed: DictConfig) -> float | None:
     config = build(composed)
     distributed.start()
     settings = resolved(composed)
-    folder = open_run_directory(composed, config, settings)
-    job, told = sweep.current(), settings
-    if job is not None:
-        job.run = folder
-        config.tracking.group = config.tracking.group or job.group
-        told = {**settings, "sweep": job.swept}
-        finished = distributed.broadcast_object(sweep.finished_scores(folder) if distributed.is_main() else None)
-        if finished is not None and config.resume is not Resume.force:
-            console.print(f"{folder}: finished already", markup=False)
-            return searched(config, finished)
-    with log_file(folder), Tracker(config.tracking, folder, told) as tracker:
-        lifelong = Lifelong(config, folder, tracker, settings)
-        log_data(lifelong)
-        lifelong.run()
-        lifelong.timing["total"] += time.perf_counter() - started
-        if distributed.is_main():
-            report(lifelong, settings)
-            show(lifelong, tracker)
-            console.print(closing_table(lifelong.book))
-            console.print(f"{folder}: adapter/, scores.json, report/index.html")
+    with StopSignals() as signals, ends_with_launcher(), run_directory(composed, config, settings) as folder:
+        job, told = sweep.current(), settings
+        if job is not None:
+            job.run = folder
+            config.tracking.group = config.tracking.group or job.group
+            told = {**settings, "sweep": job.swept}
+            finished = distributed.broadcast_object(sweep.finished_scores(folder) if distributed.is_main() else None)
+            if finished is not None and config.resume is not Resume.force:
+                console.print(f"{folder}: finished already", markup=False)
+                return searched(config, finished)
+        with log_file(folder), Tracker(config.tracking, folder, told) as tracker:
+            lifelong = Lifelong(config, folder, tracker, settings, signals)
+            log_data(lifelong)
+            lifelong.run()
+            lifelong.timing["total"] += time.perf_counter() - started
+            if distributed.is_main():
+                report(lifelong, settings)
+                tracker.adapter(folder / "adapter")
+                console.print(closing_table(lifelong.book))
+                console.print(f"{folder}: adapter/, scores.json, report/index.html")
     return searched(config, lifelong.book)
 
 
@@ -77,25 +80,29 @@ def searched(config: Config, book: ScoreBook) -> float | None:
     return book.figures(metrics[0])["last"] if metrics else None
 
 
-def open_run_directory(composed: DictConfig, config: Config, settings: Mapping[str, Any]) -> Path:
-    """Find or make the run directory, on rank 0 for all ranks, and write ``config.yaml`` into it.
+@contextmanager
+def run_directory(composed: DictConfig, config: Config, settings: Mapping[str, Any]) -> Iterator[Path]:
+    """Find or make the run directory, on rank 0 for all ranks, and write ``config.yaml`` into it. Inside, it is this run's.
 
     Raises:
-        UserError: on every rank, where the directory holds a run with other settings.
+        UserError: on every rank, where the directory holds a run with other settings, or one that is running.
     """
     outcome: Path | UserError | None = None
-    if distributed.is_main():
-        try:
-            outcome = _prepare_directory(_wanted_directory(composed, config), config, settings)
-        except UserError as error:
-            outcome = error
-        except OSError as error:
-            outcome = UserError(f"run.dir: {error}")
-    outcome = distributed.broadcast_object(outcome)
-    if isinstance(outcome, UserError):
-        raise outcome
-    assert outcome is not None
-    return outcome
+    with ExitStack() as held:
+        if distributed.is_main():
+            try:
+                outcome = _chosen_directory(_wanted_directory(composed, config), config)
+                held.enter_context(locked(outcome, "a run is going on there; wait for it or end it, or name another run.dir"))
+                _prepare_directory(outcome, config, settings)
+            except UserError as error:
+                outcome = error
+            except OSError as error:
+                outcome = UserError(f"run.dir: {error}")
+        outcome = distributed.broadcast_object(outcome)
+        if isinstance(outcome, UserError):
+            raise outcome
+        assert outcome is not None
+        yield outcome
 
 
 def _wanted_directory(composed: DictConfig, config: Config) -> Path:
@@ -106,14 +113,20 @@ def _wanted_directory(composed: DictConfig, config: Config) -> Path:
     return parent / (config.run.name or run_name(composed))
 
 
-def _prepare_directory(folder: Path, config: Config, settings: Mapping[str, Any]) -> Path:
-    held = folder / "config.yaml"
-    if held.exists() and config.resume is Resume.never:
+def _chosen_directory(folder: Path, config: Config) -> Path:
+    if (folder / "config.yaml").exists() and config.resume is Resume.never:
         if config.run.dir is not None:
             raise UserError(f"run.dir={folder} holds a run already; name another run.dir, or leave out resume=never")
-        folder = _next_free(folder)
-        held = folder / "config.yaml"
-    elif held.exists() and checkpoint.newest_folder(folder / "checkpoints") is not None:
+        return _next_free(folder)
+    return folder
+
+
+def _prepare_directory(folder: Path, config: Config, settings: Mapping[str, Any]) -> None:
+    link = next((path for path in [folder, *folder.iterdir()] if path.is_symlink()), None)
+    if link is not None:  # what is written below it would land elsewhere
+        raise UserError(f"{link}: is a symbolic link; a run writes to folders of its own, so name the real one")
+    held = folder / "config.yaml"
+    if held.exists() and checkpoint.newest_folder(folder / "checkpoints") is not None:
         changed = differences(yaml.safe_load(held.read_text()), dict(settings))
         if changed and config.resume is not Resume.force:
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -121,9 +134,7 @@ def _prepare_directory(folder: Path, config: Config, settings: Mapping[str, Any]
                 f"{folder} holds a run with another {changed[0]}{more}; resume=force goes on with the new setting, "
                 "another run.dir starts anew"
             )
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(held, yaml.safe_dump(dict(settings), sort_keys=False))
-    return folder
 
 
 def _next_free(folder: Path) -> Path:
@@ -160,13 +171,6 @@ def report(lifelong: Lifelong, settings: Mapping[str, Any]) -> None:
         memory=read_ledger(lifelong.folder / "memory"),
         probes=probes,
     )
-
-
-def show(lifelong: Lifelong, tracker: Tracker) -> None:
-    """Show the sinks what the last task left, and give them the adapter."""
-    left = sorted((lifelong.folder / "tasks").iterdir())[-1]
-    show_task(tracker, lifelong.book, lifelong.config.objective, read_json_lines(left / "predictions.jsonl"))
-    tracker.adapter(lifelong.folder / "adapter")
 
 
 def data_summary(tasks: Sequence[Task]) -> list[dict[str, Any]]:

@@ -86,16 +86,21 @@ class Trainer:
     pad_token_id: int
     log_every: int = 1
     steps_before: int = 0  # optimiser steps of the run before this stage, for the logged step number
-    between_steps: Callable[[int], None] | None = None  # called with the steps taken so far, from 0 on; every rank calls it
+    between_steps: Callable[[int], None] | None = None  # called with the steps taken so far; every rank calls it
+    asked_to_stop: Callable[[], bool] = lambda: False  # of this rank alone; all learn of it with the next step
 
     def __post_init__(self) -> None:
+        self.stopping = False  # some rank was asked to stop; the same on every rank
         self._taken = 0  # steps of this stage
         self._norm = torch.zeros((), device=distributed.device())  # of the last of them
         self._window = _Window()
         self._line: dict[str, float] | None = None  # of the last step, where it is logged: all but its gradient norm
 
-    def train(self, pairs: Sequence[Pair]) -> int:
-        """Run all epochs over ``pairs``; returns the number of optimiser steps taken.
+    def train(self, pairs: Sequence[Pair], *, taken: int = 0) -> int:
+        """Run all epochs over ``pairs``; returns the number of optimiser steps of the stage.
+
+        Args:
+            taken: steps that have been taken before, by the run that this one goes on with.
 
         Raises:
             TrainingDiverged: a loss, a gradient norm or a logged figure is not finite; the same on every rank.
@@ -104,15 +109,16 @@ class Trainer:
         rows = [self._row(p) for p in pairs]
         plan = plan_batches([r.length for r in rows], batch_size, self.options.epochs, self.context.generator("batches"))
         self._tell_extent(rows, plan, batch_size)
-        batches = ([pairs[i] for i in indices] for indices in plan)
+        batches = ([pairs[i] for i in indices] for indices in plan[taken:])
         self.engine.train()
-        self._window = _Window()
+        self._taken, self._window = taken, _Window()
         with (
             step_progress(f"{self.context.task.name} {self.stage.name}", len(plan)) as progress,
             closing(self._collated(batches)) as collated,
         ):
+            progress.update(progress.task_ids[0], completed=taken)
             started = time.perf_counter()
-            for number, batch in enumerate(collated):
+            for number, batch in enumerate(collated, taken):
                 if self.between_steps is not None:
                     self.between_steps(number)
                 log_it = number % self.log_every == 0 or number + 1 == len(plan)
@@ -123,6 +129,15 @@ class Trainer:
                 progress.update(progress.task_ids[0], advance=1, figures=figures)
         self._fetch()
         return len(plan)
+
+    @property
+    def between_lines(self) -> bool:
+        """Whether the last step taken was one whose line is logged, so that no figures wait for the next line."""
+        return not self._window.losses
+
+    def write_line(self) -> None:
+        """Write the line of the last step now, not with the next step. Call on every rank, ``between_lines``."""
+        self._fetch()
 
     def _tell_extent(self, rows: Sequence[Row], plan: Sequence[Sequence[int]], batch_size: int) -> None:
         """Say in the log how much this stage computes, and how much of that is padding."""
@@ -227,14 +242,17 @@ class Trainer:
     def _fetch(self, *values: torch.Tensor) -> list[float]:
         """Sums over ranks of scalars, as numbers: one exchange, and the one host synchronisation of a step.
 
-        The gradient norm of the step before comes with them; with it that step is checked, and logged where it is to be.
+        The gradient norm of the step before comes with them; with it that step is checked, and logged where it is to be. So
+        does whether any rank was asked to stop.
 
         Raises:
             TrainingDiverged: the norm, or a figure of the step's line, is not finite.
         """
         own_norm = self._norm.double() / distributed.world_size()  # every rank knows the same norm
-        scalars = torch.stack([value.double() for value in (own_norm, *values)])
-        norm, *sums = distributed.sum_over_ranks(scalars).tolist()
+        asked = torch.full((), float(self.asked_to_stop()), dtype=torch.float64, device=distributed.device())
+        scalars = torch.stack([value.double() for value in (own_norm, asked, *values)])
+        norm, asked_ranks, *sums = distributed.sum_over_ranks(scalars).tolist()
+        self.stopping = self.stopping or asked_ranks > 0
         line, self._line = self._line, None
         self._check_finite({"grad_norm": norm, **(line or {})}, self._taken, taken=True)
         if line is not None:

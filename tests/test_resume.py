@@ -1,4 +1,4 @@
-"""Interrupted equals uninterrupted, wherever between two stages the interruption falls."""
+"""Interrupted equals uninterrupted, between two stages and within one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from lifealign.errors import UserError
 from lifealign.lifelong import Lifelong
+from lifealign.runtime.checkpoint import newest_folder
 
 VARYING = ("pairs_per_second", "tokens_per_second")
 
@@ -66,6 +67,69 @@ def test_final_state_is_the_same_bit_for_bit(
     assert rows(tmp_path / "run") == rows(uninterrupted)
     for file in ("scores.json", "tasks/02_hc3/predictions.jsonl"):
         assert (tmp_path / "run" / file).read_text() == (uninterrupted / file).read_text()
+
+
+# Two tasks of two stages; 16 pairs, 8 a step, 2 epochs: four steps a stage, and one more a batch of replayed pairs.
+WITHIN = ("checkpoint.every=1", "model.lora.dropout=0.1")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_with_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_here(tmp_path_factory.mktemp("dropout") / "run", *WITHIN)
+
+
+@pytest.mark.parametrize("number", [1, 3, 5, 6, 8, 11])
+def test_within_a_stage_bit_for_bit(
+    number: int, uninterrupted_with_dropout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, AdamW's moments, the schedule, dropout's draws, the rows still to come and every logged line."""
+    save, saved = Lifelong._save_midway, []
+
+    def save_and_stop(self: Lifelong, *args: object) -> None:
+        save(self, *args)
+        saved.append(self.position.phase)
+        if len(saved) == number:
+            raise Interrupted
+
+    monkeypatch.setattr(Lifelong, "_save_midway", save_and_stop)
+    with pytest.raises(Interrupted):
+        train_here(tmp_path / "run", *WITHIN)
+    monkeypatch.undo()
+    assert "." in newest_folder(tmp_path / "run" / "checkpoints").name
+    train_here(tmp_path / "run", *WITHIN)
+
+    expected, resumed = adapter(uninterrupted_with_dropout), adapter(tmp_path / "run")
+    assert all(expected[name].equal(resumed[name]) for name in expected)
+    assert rows(tmp_path / "run") == rows(uninterrupted_with_dropout)
+    for file in ("scores.json", "tasks/02_hc3/predictions.jsonl"):
+        assert (tmp_path / "run" / file).read_text() == (uninterrupted_with_dropout / file).read_text()
+
+
+def test_figures_that_wait_for_their_line_put_a_checkpoint_off(tmp_path: Path) -> None:
+    """A line every three steps, of steps 1, 4 and so on: of the checkpoints due after each step these remain."""
+    folder = train_here(tmp_path / "run", "checkpoint.every=1", "checkpoint.keep=99", "tracking.log_every=3")
+    names = [path.name for path in (folder / "checkpoints").iterdir()]
+    assert {name for name in names if name.startswith("00000.")} == {"00000.000001"}
+    assert {name for name in names if name.startswith("00003.")} >= {"00003.000001", "00003.000004"}
+
+
+def test_another_batch_size_is_refused_within_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(self: Lifelong) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr(Lifelong, "_save", stop)  # the one at the end of the first stage
+    with pytest.raises(Interrupted):
+        train_here(tmp_path / "run", "checkpoint.every=1")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"8 pairs a step, which would now have 4; set sft\.batch_size=8"):
+        train_here(tmp_path / "run", "sft.batch_size=4", "resume=force")
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_over(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(UserError, match=r"holds a run without its checkpoints"):
+        train_here(folder)
 
 
 def test_a_finished_run_is_not_run_again(uninterrupted: Path) -> None:

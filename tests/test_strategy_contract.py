@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,24 +132,31 @@ def test_two_ranks_are_as_good_as_one(name: str, whole: dict[str, Path], two_ran
         assert off < 0.05 * distance(plain, one)
 
 
+def stopping_after(save: Callable[..., None], calls: int) -> Callable[..., None]:
+    """A method that saves, and ends the run the last of so many times."""
+    done = []
+
+    def save_and_stop(self: Lifelong, *args: object) -> None:
+        save(self, *args)
+        done.append(None)
+        if len(done) == calls:
+            raise KeyboardInterrupt
+
+    return save_and_stop
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_resumed_equals_uninterrupted(
     name: str, whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted in the middle of the second task (of the first, where there is only one): the same to the bit."""
+    """Interrupted in the second task (in the first, where there is only one), between its stages and again in the middle
+    of the second stage: the same to the bit."""
     phases = len(list((whole[name] / "tasks").iterdir())) * 3
-    save, saved = Lifelong._save, []
-
-    def save_and_stop(self: Lifelong) -> None:
-        save(self)
-        saved.append(None)
-        if len(saved) == phases - 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Lifelong, "_save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        train_here(tmp_path / "run", *overrides(name))
-    monkeypatch.undo()
+    for method, calls in (("_save", phases - 2), ("_save_midway", 1)):
+        monkeypatch.setattr(Lifelong, method, stopping_after(getattr(Lifelong, method), calls))
+        with pytest.raises(KeyboardInterrupt):
+            train_here(tmp_path / "run", *overrides(name), "checkpoint.every=1")
+        monkeypatch.undo()
     train_here(tmp_path / "run", *overrides(name))
     expected, found = weights(whole[name] / "adapter"), weights(tmp_path / "run" / "adapter")
     assert found.keys() == expected.keys()

@@ -17,10 +17,11 @@ from support import REPOSITORY, command, end_here
 from lifealign.command import conf_dir, exit_codes
 from lifealign.errors import UserError
 from lifealign.runtime.files import read_json, write_json
+from lifealign.runtime.lock import locked
 from lifealign.study.command import study
 from lifealign.study.grid import ANY, Cell, Grid, merged
 from lifealign.study.options import load, read_arguments
-from lifealign.study.runner import Runner, is_finished, locked, read_record
+from lifealign.study.runner import BUSY, Runner, is_finished, read_record
 from lifealign.study.tuning import best_scale, choose, trials
 
 STUDIES = sorted(path.stem for path in (conf_dir() / "study").glob("*.yaml"))
@@ -218,7 +219,7 @@ class Bench:
         return Cell("s", "m", ANY, number, self.folder / "cells, it's" / str(number), overrides)
 
     def run(self, cells: list[Cell], parallel: int = 2) -> Runner:
-        with locked(self.folder) as lock:
+        with locked(self.folder, BUSY) as lock:
             runner = Runner(self.script, parallel, lock)
             runner.run(cells, "title")
         return runner
@@ -299,7 +300,7 @@ def test_a_folder_with_other_settings_is_refused(bench: Bench) -> None:
 
 
 def test_one_study_at_a_time_in_a_folder(bench: Bench) -> None:
-    with locked(bench.folder), pytest.raises(UserError, match="is running there"), locked(bench.folder):
+    with locked(bench.folder, BUSY), pytest.raises(UserError, match="is running there"), locked(bench.folder, BUSY):
         pass
 
 

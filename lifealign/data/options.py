@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from lifealign.errors import UserError
+from lifealign.errors import UserError, check_name
 
 
 @dataclass
@@ -82,3 +82,11 @@ class SequenceOptions:
     name: str = MISSING
     tasks: list[str] = MISSING
     sources: dict[str, TaskSource] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_name("sequence.name", self.name)
+        for task in self.tasks:
+            check_name("sequence.tasks", task)
+        for task, source in self.sources.items():
+            check_name("sequence.sources", task)
+            check_name(f"sequence.sources.{task}.of", source.of or task)

@@ -21,16 +21,21 @@ def show_task(tracker: Tracker, book: ScoreBook, objective: Objective, predictio
     """
     if not tracker.shows:
         return
-    for metric in book.metrics:
-        _show_scores(tracker, book, metric)
+    for number, metric in enumerate(book.metrics):
+        is_last = len(book.matrix(metric)) == len(book.tasks)
+        _show_scores(tracker, book, metric, picture=number == 0 or is_last)
     if isinstance(objective, FPO):
         _show_weights(tracker, objective, predictions)
 
 
-def _show_scores(tracker: Tracker, book: ScoreBook, metric: str) -> None:
-    """The matrix as a picture and a table, and its last row with Last, BWT and AP as points over the tasks trained."""
+def _show_scores(tracker: Tracker, book: ScoreBook, metric: str, *, picture: bool) -> None:
+    """The matrix as a table, and its last row with Last, BWT and AP as points over the tasks trained.
+
+    Drawing takes a tenth of a second and more, so a ``picture`` is not made of every metric after every task.
+    """
     matrix = book.matrix(metric)
-    tracker.picture(f"heatmap/{metric}", png(draw_heatmap(book, metric)))
+    if picture:
+        tracker.picture(f"heatmap/{metric}", png(draw_heatmap(book, metric)))
     rows = [[task, *row] for task, row in zip(book.tasks, matrix, strict=False)]
     tracker.table(f"scores/{metric}", ["after training through", *book.tasks], rows)
     last = dict(zip(book.tasks, matrix[-1], strict=True)) | book.figures(metric)

@@ -1,11 +1,16 @@
-"""Checkpoints of a run at the boundaries of stages: written whole or not at all, and found again.
+"""Checkpoints of a run: written whole or not at all, checked before they are believed, and found again.
 
-A checkpoint is a folder ``checkpoints/NNNNN`` with ``state.json`` and ``tensors.safetensors``. It is written beside,
-flushed, and renamed; what cannot be read as a finished checkpoint is not one.
+A checkpoint is a folder below ``checkpoints/``: ``NNNNN`` between two phases, ``NNNNN.SSSSSS`` after S steps of the stage
+that follows. It holds ``state.json``, ``tensors.safetensors`` and, written last, ``manifest.json`` with the size and SHA-256
+of both. It is written beside, flushed and renamed. One whose files are not what its manifest says is set aside, never used.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,28 +20,40 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from lifealign.errors import UserError
+from lifealign.runtime import distributed
 from lifealign.runtime.files import flush_folder, read_json, write_json
+from lifealign.runtime.terminal import console
 
-STATE, TENSORS = "state.json", "tensors.safetensors"
+log = logging.getLogger(__name__)
+
+STATE, TENSORS, MANIFEST = "state.json", "tensors.safetensors", "manifest.json"
+NAME = re.compile(r"\d{5}(\.\d{6})?")
+DAMAGED = ".damaged"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run between two stages: JSON values, and tensors by name."""
+    """The state of a run between two stages, or within one: JSON values, and tensors by name."""
 
-    number: int
+    name: str
     state: dict[str, Any]
     tensors: dict[str, torch.Tensor]
 
 
-def save(folder: Path, number: int, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, keep: int) -> None:
-    """Write checkpoint ``number`` below ``folder`` and remove all but the newest ``keep``. Rank 0 only."""
-    final = folder / f"{number:05d}"
-    beside = folder / f"{number:05d}.partial"
+def checkpoint_name(number: int, steps: int = 0) -> str:
+    """Sorted as text, names are in the order in which checkpoints were made."""
+    return f"{number:05d}.{steps:06d}" if steps else f"{number:05d}"
+
+
+def save(folder: Path, name: str, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, keep: int) -> None:
+    """Write a checkpoint below ``folder`` and remove all but the newest ``keep``. Rank 0 only."""
+    final, beside = folder / name, folder / f"{name}.partial"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     save_file({name: t.contiguous() for name, t in tensors.items()}, beside / TENSORS)
     write_json(beside / STATE, dict(state))
+    write_json(beside / MANIFEST, {file: _seal(beside / file) for file in (STATE, TENSORS)})
     flush_folder(beside)
     shutil.rmtree(final, ignore_errors=True)
     beside.rename(final)
@@ -46,19 +63,68 @@ def save(folder: Path, number: int, state: Mapping[str, Any], tensors: Mapping[s
 
 
 def newest_folder(folder: Path) -> Path | None:
-    """Where the newest checkpoint below ``folder`` stands; None where there is none."""
+    """Where the newest checkpoint below ``folder`` stands, its content not looked at; None where there is none."""
     finished = _finished(folder)
     return finished[-1] if finished else None
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint below ``folder``; None where there is none."""
-    path = newest_folder(folder)
-    if path is None:
-        return None
-    return Checkpoint(int(path.name), read_json(path / STATE), load_file(path / TENSORS))
+    """The newest checkpoint that every rank finds as it was written; None where none was ever made. Call on every rank.
+
+    Those that are not as they were written are renamed to ``NAME.damaged``, and a line says why.
+
+    Raises:
+        UserError: where there are checkpoints and none of them is good.
+    """
+    names = distributed.broadcast_object([path.name for path in _finished(folder)])
+    for name in reversed(names):
+        problem = next((p for p in distributed.gather_objects(_problem(folder / name)) if p is not None), None)
+        if problem is None:
+            return Checkpoint(name, read_json(folder / name / STATE), load_file(folder / name / TENSORS))
+        _set_aside(folder / name, problem)
+    if any(distributed.gather_objects(folder.is_dir() and any(DAMAGED in path.name for path in folder.iterdir()))):
+        raise UserError(
+            f"{folder}: no checkpoint is as it was written, so the run cannot go on; take one from a copy of the run, or "
+            "name another run.dir to start anew"
+        )
+    return None
+
+
+def _problem(path: Path) -> str | None:
+    """Why a checkpoint cannot be used, if so."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        for file in (STATE, TENSORS):
+            if _seal(path / file) != manifest[file]:
+                return f"{file} is not what was written"
+    except OSError as error:
+        return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is not what was written"
+    return None
+
+
+def _set_aside(path: Path, problem: str) -> None:
+    """Out of the way of checkpoints to come, which may have its name, and there to be looked at."""
+    if distributed.is_main():
+        line = f"checkpoint {path.name} is set aside as {path.name}{DAMAGED}: {problem}"
+        log.warning(line)
+        console.print(line, markup=False)
+        shutil.rmtree(path.with_name(path.name + DAMAGED), ignore_errors=True)
+        path.rename(path.with_name(path.name + DAMAGED))
+    distributed.barrier()
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+            size += len(part)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _finished(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
-    return sorted(p for p in folder.glob("[0-9]*") if p.name.isdigit() and (p / STATE).exists())
+    return sorted(path for path in folder.glob("[0-9]*") if NAME.fullmatch(path.name))

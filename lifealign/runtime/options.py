@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from importlib.util import find_spec
 
-from lifealign.errors import UserError
+from lifealign.errors import UserError, check_name
 
 
 class Resume(Enum):
@@ -32,16 +32,23 @@ class RunOptions:
     name: str | None = None  # None: made of sequence, strategy, objective, seed and a hash of the settings
     dir: str | None = None  # None: runs/NAME, or NAME under hydra.sweep.dir in a sweep
 
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            check_name("run.name", self.name)
+
 
 @dataclass
 class CheckpointOptions:
-    """``checkpoint.*``."""
+    """``checkpoint.*``. There is one at the end of every stage and task in any case."""
 
+    every: int | None = 50  # optimiser steps from one checkpoint within a stage to the next; null: none within a stage
     keep: int = 2  # how many of the newest checkpoints stay on disk
 
     def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise UserError(f"checkpoint.keep={self.keep}: must be at least 1")
+        for key in ("every", "keep"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"checkpoint.{key}={value}: must be at least 1")
 
 
 class SinkName(Enum):

@@ -186,6 +186,15 @@ class Strategy:
         """
         return gradients
 
+    # A checkpoint within a stage
+
+    def stage_state(self) -> State:
+        """What steps change beside the weights. Resuming calls :meth:`begin_stage` first and then hands this back."""
+        return State()
+
+    def load_stage_state(self, state: State) -> None:
+        """Take up the state of an interrupted stage."""
+
     # The end of a stage, and of a task
 
     def end_stage(self, context: Context) -> Sequence[Mapping[str, Any]]:

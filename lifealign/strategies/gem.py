@@ -60,7 +60,13 @@ class EpisodicMemory(Strategy, ABC):
         return bool(self.memory)
 
     def begin_stage(self, context: Context) -> None:
-        self.steps = 0  # a resumed run starts at the beginning of a stage, and so draws what this one does
+        self.steps = 0
+
+    def stage_state(self) -> State:
+        return State({"steps": self.steps})  # a resumed stage draws what this one does
+
+    def load_stage_state(self, state: State) -> None:
+        self.steps = state.values["steps"]
 
     def transform_gradients(self, context: Context, gradients: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         self.steps += 1
@@ -136,6 +142,14 @@ class GradientEpisodicMemory(EpisodicMemory):
     def begin_stage(self, context: Context) -> None:
         super().begin_stage(context)
         self.average = None
+
+    def stage_state(self) -> State:
+        return State(super().stage_state().values, {} if self.average is None else {"average": self.average.cpu()})
+
+    def load_stage_state(self, state: State) -> None:
+        super().load_stage_state(state)
+        if "average" in state.tensors:
+            self.average = state.tensors["average"].to(distributed.device())
 
     def transform_gradients(self, context: Context, gradients: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         if self.gradients is Gradients.current:

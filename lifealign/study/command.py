@@ -6,11 +6,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from lifealign.runtime.lock import locked
 from lifealign.runtime.terminal import console
 from lifealign.study.grid import Grid
 from lifealign.study.options import read_arguments
 from lifealign.study.report import write_report
-from lifealign.study.runner import Runner, is_finished, locked
+from lifealign.study.runner import BUSY, Runner, is_finished
 from lifealign.study.tuning import choose, trials
 
 
@@ -29,7 +30,7 @@ def study(arguments: Sequence[str], script: Path) -> int:
     """
     options, passed = read_arguments(arguments)
     grid = Grid(options, passed)
-    with locked(options.runs_folder) as lock:
+    with locked(options.runs_folder, BUSY) as lock:
         runner = Runner(script, options.parallel, lock)
         if not options.report_only:
             _run(grid, runner)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -28,6 +27,8 @@ RECORD, OUTPUT = "cell.json", "output.txt"
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 10.0
 """How long a cell that is asked to end may take before it is killed. What it loses is the stage it was in."""
+
+BUSY = "a study, or a cell of one, is running there; wait for it or end it"
 
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes that ru_maxrss counts in
 
@@ -173,22 +174,6 @@ class Runner:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """Inside, the study's folder belongs to this process and its cells. Yields the descriptor that holds the lock.
-
-    Raises:
-        UserError: where it belongs to another, or cells of a study that was killed still run.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{folder}: a study, or a cell of one, is running there; wait for it or end it") from error
-        yield file.fileno()
 
 
 def newest_state(folder: Path) -> dict[str, Any]:

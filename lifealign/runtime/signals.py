@@ -1,0 +1,37 @@
+"""Signals that ask a run to end, taken note of so that it can save first."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType, TracebackType
+
+ASKING = (signal.SIGTERM, signal.SIGINT)
+
+AGAIN_SECONDS = 5.0
+"""Signals within this time are one request: launchers send several at once."""
+
+
+class StopSignals:
+    """Inside, SIGTERM and SIGINT are only noted. One that comes ``AGAIN_SECONDS`` later ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._since = 0.0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        self._before = {number: signal.signal(number, self._note) for number in ASKING}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > AGAIN_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
