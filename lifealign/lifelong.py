@@ -376,7 +376,7 @@ class Lifelong:
         self._between_phases = state, between_phases
         if state["midway"] is not None:
             self._midway = self._checked(Midway(**state["midway"], parts=_by_prefix(parts["midway"])))
-        log.info("resumed from checkpoint %s at task %d, %s", found.name, self.position.task + 1, self.position.phase)
+        log.info("resumed at task %d, %s, from checkpoint %s", self.position.task + 1, self.position.phase, found.name)
 
     def _extended(self, before: ScoreBook) -> ScoreBook:
         """Scores of a run that may go on with tasks added to its sequence; the tasks it has met stay as they were."""

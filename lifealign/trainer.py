@@ -194,12 +194,15 @@ class Trainer:
             TrainingDiverged: this step's loss, or what the step before left, is not finite; this step is not taken.
         """
         lr = self.engine.get_lr()[0]
-        own_losses = []
+        own_losses, pair_losses = [], []
         for turn, micro_batch in enumerate(batch.micro_batches, 1):
-            own_losses.append(self._backward(micro_batch, batch))
+            own_loss, of_pairs = self._backward(micro_batch, batch)
+            own_losses.append(own_loss)
+            pair_losses.append(of_pairs)
             if turn == len(batch.micro_batches):
                 loss, *sums = self._fetch(torch.stack(own_losses).sum(), *(self._window.sums() if steps is not None else ()))
-                self._check_finite({"loss": loss}, self._taken + 1)
+                if not math.isfinite(loss):
+                    self._check_finite({"loss": loss}, self._taken + 1, rows=_culprits(batch, own_losses, pair_losses))
                 self._transform_gradients()
             norm = step(self.engine)
         assert norm is not None, "the last micro-batch of a step ends it"
@@ -210,8 +213,9 @@ class Trainer:
             self._window = _Window()
         return loss
 
-    def _backward(self, micro_batch: MicroBatch, batch: StepBatch) -> torch.Tensor:
-        """Add a micro-batch's gradient; returns its part of the loss over the global batch: () float64, detached."""
+    def _backward(self, micro_batch: MicroBatch, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add a micro-batch's gradient; returns its part of the loss over the global batch, () float64, and the stage's
+        losses of its pairs, (pairs,); detached."""
         upscale = distributed.world_size() * len(batch.micro_batches)
         rows = micro_batch.rows.to(distributed.device())
         logps = self.engine(rows)
@@ -221,7 +225,7 @@ class Trainer:
         self.engine.backward(own_loss * upscale + sum(terms.values()))
         shares = {name: value.detach().double() / upscale for name, value in terms.items()}
         self._window.add(shares, outcome, micro_batch.counted)
-        return own_loss.detach().double() + sum(shares.values())
+        return own_loss.detach().double() + sum(shares.values()), outcome.losses.detach()
 
     def _loss(self, seen: Seen, micro_batch: MicroBatch, batch: StepBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """A micro-batch's part of the stage's loss, and the strategy's terms on the scale of the whole loss."""
@@ -259,13 +263,13 @@ class Trainer:
             self._log({**line, "grad_norm": norm})
         return sums
 
-    def _check_finite(self, values: Mapping[str, float], number: int, *, taken: bool = False) -> None:
+    def _check_finite(self, values: Mapping[str, float], number: int, *, taken: bool = False, rows: str = "") -> None:
         """All ranks hold the same values, so all of them stop, or none; ``taken`` says whether step ``number`` was."""
         bad = next((name for name, value in values.items() if not math.isfinite(value)), None)
         if bad is not None:
             raise TrainingDiverged(
                 f"{bad} is {values[bad]} at step {number} of the {self.stage.name} stage of task "
-                f"{self.context.task.name}; {'no checkpoint holds' if taken else 'the optimiser has not taken'} this step"
+                f"{self.context.task.name}{rows}; {'no checkpoint holds' if taken else 'the optimiser has not taken'} this step"
             )
 
     def _log(self, values: Mapping[str, float]) -> None:
@@ -281,6 +285,29 @@ class Trainer:
                 **values,
             },
         )
+
+
+NAMED_ROWS = 5
+"""Most rows of a rank that a message names."""
+
+
+def _culprits(batch: StepBatch, own_losses: Sequence[torch.Tensor], pair_losses: Sequence[torch.Tensor]) -> str:
+    """Which ranks and rows a loss comes from that is no number; the same on every rank, and so called on every rank.
+
+    Where a strategy's term is to blame and not a pair, the rows are those of its whole micro-batch.
+    """
+    own: list[str] = []
+    for micro_batch, loss, losses in zip(batch.micro_batches, own_losses, pair_losses, strict=True):
+        if not torch.isfinite(loss):
+            finite = torch.isfinite(losses).tolist()
+            bad = [pair.id for pair, is_finite in zip(micro_batch.pairs, finite, strict=True) if not is_finite]
+            own += bad or [pair.id for pair in micro_batch.pairs]
+    told = []
+    for rank, ids in enumerate(distributed.gather_objects(own)):
+        if ids:
+            more = f" and {len(ids) - NAMED_ROWS} more" if len(ids) > NAMED_ROWS else ""
+            told.append(f"rank {rank}: {', '.join(ids[:NAMED_ROWS])}{more}")
+    return f" ({'; '.join(told)})"
 
 
 class _Window:

@@ -68,7 +68,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_within_the_stage_and_the_run_goes_on(number: int, uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start(folder)
@@ -159,8 +159,15 @@ def stopped(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-@pytest.mark.parametrize("damage", [_truncate, _flip, os.unlink])
-@pytest.mark.parametrize("file", ["state.json", "tensors.safetensors", "manifest.json"])
+QUICK_DAMAGE = [("state.json", _truncate), ("tensors.safetensors", _flip), ("manifest.json", os.unlink)]
+DAMAGE = [
+    (file, how) for file in ("state.json", "tensors.safetensors", "manifest.json") for how in (_truncate, _flip, os.unlink)
+]
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"), [pytest.param(*each, marks=() if each in QUICK_DAMAGE else pytest.mark.slow) for each in DAMAGE]
+)
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
     file: str, damage: Any, stopped: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,7 +205,10 @@ def processes_of(folder: Path) -> dict[str, list[psutil.Process]]:
     return found
 
 
-@pytest.mark.parametrize("victim", ["rank", "launcher", "command"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("victim", [pytest.param("rank", marks=SLOW), pytest.param("launcher", marks=SLOW), "command"])
 def test_nothing_is_left_of_two_ranks(victim: str, tmp_path: Path) -> None:
     """SIGKILL of a rank or of the node's launcher, SIGTERM to the command: all end within a minute, and the run goes on."""
     folder = tmp_path / "run"

@@ -153,6 +153,7 @@ def test_an_interrupted_run(run: Path) -> None:
     assert [len(row) for row in matrix(run / "rescored", "chosen_nll")] == [2]
 
 
+@pytest.mark.slow
 def test_several_ranks_share_the_work_and_agree(run: Path) -> None:
     """Three batches of pairs and of prompts a task for two ranks, with nothing taken over, and then with all."""
     script = str(REPOSITORY / "launch" / "evaluate.py")

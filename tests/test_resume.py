@@ -78,7 +78,7 @@ def uninterrupted_with_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path
     return train_here(tmp_path_factory.mktemp("dropout") / "run", *WITHIN)
 
 
-@pytest.mark.parametrize("number", [1, 3, 5, 6, 8, 11])
+@pytest.mark.parametrize("number", [1, 5, 11, *(pytest.param(number, marks=pytest.mark.slow) for number in (3, 6, 8))])
 def test_within_a_stage_bit_for_bit(
     number: int, uninterrupted_with_dropout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

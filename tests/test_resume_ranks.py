@@ -1,7 +1,7 @@
 """Interrupted within a stage under ZeRO 0 to 3: the same to the bit on as many ranks, the same rows and losses on others.
 
-The file is its own worker: ``deepspeed --num_gpus 2 tests/test_resume_ranks.py FOLDER PART`` runs a part of the test in two
-ranks, in one launch, into FOLDER.
+The file is its own worker: ``deepspeed --num_gpus 2 tests/test_resume_ranks.py FOLDER PART STAGE...`` runs a part of the test
+in two ranks, in one launch, into FOLDER.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lifealign.lifelong import Lifelong
 from lifealign.runtime import distributed
 
 STAGES = (0, 1, 2, 3)
+QUICK_STAGES = [pytest.param(stage, marks=() if stage == 3 else pytest.mark.slow) for stage in STAGES]
 
 COMMON = ("checkpoint.every=1", "evaluation.metrics=[mean_log_sigmoid,chosen_nll]", "cache.enabled=false", "objective=dpo")
 """Two tasks of four or more steps in each of two stages."""
@@ -54,8 +55,8 @@ def _stopping(save: Callable[..., None], stop_at: tuple[int, str, int] | None) -
 FIRST, SECOND = (0, "sft", 2), (1, "preference", 3)
 
 if __name__ == "__main__":
-    where, part = without_local_rank(sys.argv[1:])
-    for zero_stage in STAGES:
+    where, part, *stages = without_local_rank(sys.argv[1:])
+    for zero_stage in map(int, stages):
         own = Path(where) / str(zero_stage)
         if part == "same":
             run(own / "whole", zero_stage)
@@ -68,8 +69,8 @@ if __name__ == "__main__":
     sys.exit()
 
 
-def in_two_ranks(folder: Path, part: str) -> None:
-    ended = command("deepspeed", "--num_gpus", "2", __file__, str(folder), part, timeout=290)
+def in_two_ranks(folder: Path, part: str, *stages: int) -> None:
+    ended = command("deepspeed", "--num_gpus", "2", __file__, str(folder), part, *map(str, stages), timeout=290)
     assert ended.returncode == 0, ended.stderr[-2000:]
 
 
@@ -83,19 +84,12 @@ def adapter(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def same(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("same")
-    in_two_ranks(folder, "same")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def changing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One rank up to the first stop, two up to the second, one to the end."""
     folder = tmp_path_factory.mktemp("changing")
     for stage in STAGES:
         run(folder / str(stage), stage, stop_at=FIRST)
-    in_two_ranks(folder, "other")
+    in_two_ranks(folder, "other", *STAGES)
     for stage in STAGES:
         run(folder / str(stage), stage)
     return folder
@@ -108,9 +102,10 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_go_on_to_the_bit(stage: int, same: Path) -> None:
-    whole, resumed = same / str(stage) / "whole", same / str(stage) / "resumed"
+@pytest.mark.parametrize("stage", QUICK_STAGES)
+def test_two_ranks_go_on_to_the_bit(stage: int, tmp_path: Path) -> None:
+    in_two_ranks(tmp_path, "same", stage)
+    whole, resumed = tmp_path / str(stage) / "whole", tmp_path / str(stage) / "resumed"
     expected, found = adapter(whole), adapter(resumed)
     assert all(found[name].equal(expected[name]) for name in expected)
     for row, expected_row in zip(steps_of(resumed), steps_of(whole), strict=True):
@@ -118,6 +113,7 @@ def test_two_ranks_go_on_to_the_bit(stage: int, same: Path) -> None:
             assert row[key] == expected_row[key]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_another_number_of_ranks_goes_on_with_the_same_rows(stage: int, changing: Path, one_rank: Path) -> None:
     """Losses of other rows, or of weights without their moments, would differ in the first digits."""

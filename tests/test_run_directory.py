@@ -224,7 +224,7 @@ def test_the_browser_test_would_notice(tmp_path: Path) -> None:
 
 def test_nothing_half_written_is_left(run: Path) -> None:
     assert {path.name for path in run.iterdir()} == {
-        *("config.yaml", "metrics.jsonl", "run.log", "scores.json"),
+        *("config.yaml", "lock", "metrics.jsonl", "run.log", "scores.json"),
         *("adapter", "checkpoints", "memory", "report", "tasks"),
     }
     assert not [path for path in run.rglob("*") if path.suffix in (".partial", ".retired")]

@@ -204,7 +204,7 @@ def fetches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_step_fetches_once(
     log_every: int, stage: str, tmp_path: Path, fetches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Six steps, and the norm of the last. Unlogged steps exchange a loss and a norm."""
+    """Six steps, and the norm of the last. Unlogged steps exchange a loss, a norm and whether to stop."""
     exchanged: list[int] = []
     usual = distributed.sum_over_ranks
     monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: exchanged.append(values.numel()) or usual(values))
@@ -216,9 +216,10 @@ def test_a_step_fetches_once(
             assert len(fetches) == number + 1, fetches
         exchanged.clear()
         made.trainer.train(made.pairs)
-    logged = 2 + (1 if stage == "sft" else 7)  # the term, and the figures of a preference stage
+    known = 2  # the norm of the step before, and whether a rank was asked to stop
+    logged = known + 2 + (0 if stage == "sft" else 6)  # the loss, the term, and the figures of a preference stage
     due = [number % log_every == 0 or number + 1 == STEPS for number in range(STEPS)]
-    assert exchanged == [*(logged if log_it else 2 for log_it in due), 1]
+    assert exchanged == [*(logged if log_it else known + 1 for log_it in due), known]
 
 
 # -- what is not finite ------------------------------------------------------------------------------------------------
@@ -235,10 +236,13 @@ def test_a_bad_loss_stops_before_its_step(number: int, tmp_path: Path, monkeypat
         if next(calls) != 2 * (number - 1):  # the first of two micro-batches
             return result
         before.append(made.adapter())
-        return result._replace(losses=result.losses * float("nan"))
+        return result._replace(losses=result.losses * torch.tensor([1.0, math.nan, *[1.0] * (len(result.losses) - 2)]))
 
     monkeypatch.setattr(FPO, "__call__", spoilt)
-    told = rf"^loss is nan at step {number} of the preference stage of task instruct; the optimiser has not taken this step$"
+    told = (
+        rf"^loss is nan at step {number} of the preference stage of task instruct \(rank 0: [^,;]+\); "
+        "the optimiser has not taken this step$"
+    )
     with prepared(tmp_path) as made, pytest.raises(TrainingDiverged, match=told):
         try:
             made.trainer.train(made.pairs)

@@ -227,6 +227,7 @@ def test_on_two_ranks_a_failure_of_both_leaves_the_others_to_run(tmp_path: Path)
     assert [job["exit_code"] for job in ended_of(tmp_path / "sweep")] == [2, 0, 1, 0]
 
 
+@pytest.mark.slow
 def test_on_two_ranks_a_failure_of_one_ends_the_sweep(tmp_path: Path) -> None:
     """The other rank waits for it in a barrier, for half an hour if nobody ended it."""
     ended = two_ranks(tmp_path / "sweep", "data.max_train=4,3,5")
