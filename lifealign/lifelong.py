@@ -127,6 +127,7 @@ class Lifelong:
         """
         self._restore()
         while self.position.task < len(self.plan):
+            self._stop_if_asked()
             number, phase = self.position.task, self.position.phase
             log.info("task %d of %d (%s): %s", number + 1, len(self.plan), self.plan[number].task.name, phase)
             if phase == PHASES[0]:
@@ -138,7 +139,6 @@ class Lifelong:
             self.position.advance()
             with self._timed("saving"):
                 self._save()
-            self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
         received = next((number for number in distributed.gather_objects(self.signals.received) if number is not None), None)
