@@ -18,7 +18,8 @@ machine that is shared it is the steadier of the two.
   threads wait and how memory is mapped, which is part of the product and not of TRL. It runs
   ``DPOTrainer.training_step`` with its own collator, clipping, optimiser and schedule, in the order of
   ``transformers.Trainer``. Its callbacks, FLOP counting and logging are left out, and gradient checkpointing, which TRL
-  turns on by default, is turned off: both in its favour. Rows are handed over as token ids, so ``_prepare_dataset`` is
+  turns on by default, is turned off: both in its favour. ``--trl-default`` adds TRL as it comes, with gradient
+  checkpointing and the reference computed in the step. Rows are handed over as token ids, so ``_prepare_dataset`` is
   skipped. In bf16 the base is loaded in bf16 and the adapter is float32, as in LifeAlign (``--trl-autocast`` adds TRL's
   ``bf16=True``).
 
@@ -86,9 +87,18 @@ class TRL:
     """
 
     def __init__(
-        self, stack: ExitStack, base: Path, dtype: str, pairs: Sequence[Pair], factors: Path, *, online: bool, autocast: bool
+        self,
+        stack: ExitStack,
+        base: Path,
+        dtype: str,
+        pairs: Sequence[Pair],
+        factors: Path,
+        *,
+        online: bool,
+        autocast: bool,
+        checkpointing: bool = False,
     ) -> None:
-        self.name = f"TRL, {'online' if online else 'cached'} reference"
+        self.name = f"TRL, {'online' if online else 'cached'} reference{', checkpointing' if checkpointing else ''}"
         command = [sys.executable, str(Path(__file__).with_name("trl_process.py"))]
         self._process = subprocess.Popen(
             command, env=ENVIRONMENT, stdin=PIPE, stdout=PIPE, stderr=subprocess.DEVNULL, text=True
@@ -97,7 +107,7 @@ class TRL:
         rows = [{"prompt_ids": list(p.prompt), "chosen_ids": list(p.chosen), "rejected_ids": list(p.rejected)} for p in pairs]
         order = {"base": str(base), "dtype": dtype, "pairs": rows, "factors": str(factors), "online": online}
         numbers = {"batch_size": PAIRS_A_STEP, "lr": LR, "beta": BETA, "max_grad_norm": MAX_GRAD_NORM, "seed": SEED}
-        answer = self._ask({**order, **numbers, "autocast": autocast})
+        answer = self._ask({**order, **numbers, "autocast": autocast, "checkpointing": checkpointing})
         if answer.strip() != "ready":
             raise RuntimeError("trl_process.py did not start; run it by hand to see why")
         self._cpu_seconds = 0.0
@@ -159,6 +169,7 @@ def main() -> int:
     arguments.add_argument("--rows", type=Path, required=True, help="a task's folder, DATA_ROOT/TASK")
     arguments.add_argument("--batches", choices=("random", "bucketed"), default="random", help="what a batch is made of")
     arguments.add_argument("--trl-autocast", action="store_true", help="TRL with bf16=True")
+    arguments.add_argument("--trl-default", action="store_true", help="TRL with gradient checkpointing too, its default")
     arguments.add_argument("--check", action="store_true", help="compare losses over --steps steps; fails above the tolerance")
     arguments.add_argument("--profile", action="store_true", help="print the operators of LifeAlign's step; TRL is left out")
     args = arguments.parse_args()
@@ -178,6 +189,8 @@ def main() -> int:
         save_file({name: p.detach().clone() for name, p in named_factors(lifealign.model)}, factors)
         trl = partial(TRL, stack, base, args.dtype, pairs, factors, autocast=args.trl_autocast)
         contenders: list[Contender] = [trl(online=True), trl(online=False)]
+        if args.trl_default:
+            contenders.append(trl(online=True, checkpointing=True))
         if args.check:
             return check(args, [*contenders, lifealign], batches[: args.steps])
         contenders += [LifeAlign(stack, base, pairs, args.dtype, online=True), lifealign]

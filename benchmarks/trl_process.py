@@ -1,8 +1,8 @@
 """TRL's DPOTrainer in a process of its own, a step at a time; started by step.py, to which it answers in lines of JSON.
 
 It imports nothing of LifeAlign, whose settings of the process (thread waiting, huge pages) TRL's users do not have.
-The first line in is the order: base, dtype, pairs, factors (a safetensors file), online, autocast, and the numbers of the
-training. Every further line is a batch, a list of indices; the answer holds the loss and the processor seconds it took.
+The first line in is the order: base, dtype, pairs, factors (a safetensors file), online, autocast, checkpointing, and the
+numbers of the training. Every further line is a batch, a list of indices; the answer holds the loss and the processor seconds it took.
 """
 
 import os
@@ -41,7 +41,7 @@ def make_trainer(order: dict[str, Any], folder: str) -> DPOTrainer:
         lr_scheduler_type="constant",
         max_grad_norm=order["max_grad_norm"],
         beta=order["beta"],
-        gradient_checkpointing=False,
+        gradient_checkpointing=order["checkpointing"],
         bf16=order["autocast"],
         use_cpu=True,
         report_to="none",

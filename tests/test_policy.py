@@ -131,7 +131,9 @@ def test_operations_that_change_the_outcome_are_taken_back(
         monkeypatch.setattr(lean, "_norm_forward", lambda module, x: 2 * x)
         choose_operations(policy, torch.device("cpu"))
         assert "small operations stay transformers' own" in caplog.text
-        assert torch.equal(policy(collate(ROWS, layout=policy.layout, pad_token_id=0)), before)
+        # Not to the bit: a product may round otherwise where its operands lie elsewhere in memory.
+        after = policy(collate(ROWS, layout=policy.layout, pad_token_id=0))
+        torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
