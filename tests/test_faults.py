@@ -83,6 +83,7 @@ def test_a_signal_saves_within_the_stage_and_the_run_goes_on(number: int, uninte
     assert_same(folder, uninterrupted)
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for steps in (3, 14):
@@ -205,10 +206,10 @@ def processes_of(folder: Path) -> dict[str, list[psutil.Process]]:
     return found
 
 
-SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("victim", [pytest.param("rank", marks=SLOW), pytest.param("launcher", marks=SLOW), "command"])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["rank", "launcher", "command"])
 def test_nothing_is_left_of_two_ranks(victim: str, tmp_path: Path) -> None:
     """SIGKILL of a rank or of the node's launcher, SIGTERM to the command: all end within a minute, and the run goes on."""
     folder = tmp_path / "run"

@@ -289,6 +289,7 @@ def test_the_first_task_is_that_of_seqft_bit_for_bit(after_one: Lifelong, seqft:
     assert "strategy/0" in after
 
 
+@pytest.mark.slow
 def test_a_second_task_is_the_same_at_every_stage_of_zero(after_one: Lifelong, seqft: Path, tmp_path: Path) -> None:
     """Up to the rounding of their optimisers, and not what it would be without constraints."""
     ended = {}

@@ -113,6 +113,7 @@ def shards(run: Path, entry: str) -> list[Path]:
     return list((run / "memory" / entry).glob("shard-*.safetensors"))
 
 
+@pytest.mark.slow
 def test_memory_is_shared_out_anew_when_a_run_goes_on_with_another_number_of_ranks(side_by_side, tmp_path: Path) -> None:
     """From two to one, and from one to two: the next task's ledger is that of a run that never changed."""
     longer = (*SMALLER, "sequence.tasks=[instruct,hc3]", "resume=force", "cache.enabled=false")
@@ -132,6 +133,7 @@ def test_memory_is_shared_out_anew_when_a_run_goes_on_with_another_number_of_ran
     assert max(record["history_share"] for record in expected["factors"]) > 0.01  # history took part
 
 
+@pytest.mark.slow
 def test_torchrun(side_by_side, tmp_path: Path) -> None:
     # --standalone: torchrun's own meeting point is at a fixed port, and other tests may run on this machine.
     ended = launch(["torchrun", "--standalone", "--nproc_per_node", "2"], *SMALLER, cwd=tmp_path)
@@ -229,6 +231,7 @@ def test_a_killed_run_goes_on_with_the_same_command_to_the_same_end(plain, tmp_p
 # -- sweeps ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_a_run_directory_a_job(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     thresholds = "objective.confidence_threshold=0.6,0.95"
@@ -246,7 +249,7 @@ def test_a_sweep_makes_a_run_directory_a_job(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
 
 
-@pytest.mark.parametrize("energies", ["2,0.9", "0.9,2"])
+@pytest.mark.parametrize("energies", ["2,0.9", pytest.param("0.9,2", marks=pytest.mark.slow)])
 def test_a_job_with_a_mistake_leaves_the_others_to_finish(
     energies: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,10 @@ THREE = ("sequence.tasks=[instruct,hc3,safe_rlhf]", "evaluation.metrics=[prefere
 SPACES = {"factors": (), "product": ("strategy.space=product",), "bf16": ("strategy.memory_dtype=bfloat16",)}
 
 
-@pytest.fixture(scope="module", params=SPACES)
+LONGER = [pytest.param(name, marks=pytest.mark.slow) for name in SPACES if name != "factors"]
+
+
+@pytest.fixture(scope="module", params=["factors", *LONGER])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run through three tasks, in each space and dtype."""
     return train_here(tmp_path_factory.mktemp(request.param) / "run", *THREE, *SPACES[request.param])

@@ -408,6 +408,7 @@ def test_a_real_command(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_two_ranks_tell_it_once(tmp_path: Path) -> None:
     ended = launch(["deepspeed", "--num_gpus", "2"], "data.max_train=1", cwd=tmp_path)
     assert ended.returncode == 2

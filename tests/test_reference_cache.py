@@ -315,6 +315,7 @@ def test_four_writers_and_a_reader(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_two_ranks_agree_whole_and_partitioned(loaded: Loaded, tmp_path: Path) -> None:
     """The ranks fill the cache with a whole base and read it with a partitioned one; then this process reads it."""
     ended = command("torchrun", "--standalone", "--nproc_per_node", "2", __file__, str(tmp_path))

@@ -320,6 +320,7 @@ def test_gradient_checkpointing_recomputes(tmp_path: Path, monkeypatch: pytest.M
     assert calls > 0
 
 
+@pytest.mark.slow
 def test_small_steps_are_not_lost_under_a_bf16_base(tmp_path: Path) -> None:
     """A hundred steps at 5e-6 move the adapter as far as under a float32 base: the adapter is float32 throughout."""
     moved = {}

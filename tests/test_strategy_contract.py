@@ -117,6 +117,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return Runs()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_are_as_good_as_one(name: str, whole: dict[str, Path], two_ranks: Path) -> None:
     """Sums over ranks round differently, and AdamW's first steps take the sign of gradients that are nearly zero.
@@ -145,7 +146,11 @@ def stopping_after(save: Callable[..., None], calls: int) -> Callable[..., None]
     return save_and_stop
 
 
-@pytest.mark.parametrize("name", NAMES)
+QUICK_TO_RESUME = ("lifealign", "l2p", "olora")
+"""A state of the ledger, of added weights and of further adapters; the others are in the longer suite."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK_TO_RESUME else pytest.mark.slow) for n in NAMES])
 def test_resumed_equals_uninterrupted(
     name: str, whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -307,6 +307,7 @@ def test_one_study_at_a_time_in_a_folder(bench: Bench) -> None:
 # -- whole -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_small_study_from_its_command_to_its_page(tmp_path: Path) -> None:
     """Two methods, one seed, two tasks. The page alone can be had again."""
     words = [

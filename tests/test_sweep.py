@@ -217,6 +217,7 @@ def two_ranks(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]
     return command(*words, cwd=folder.parent)
 
 
+@pytest.mark.slow
 def test_on_two_ranks_a_failure_of_both_leaves_the_others_to_run(tmp_path: Path) -> None:
     """A mistake, an error of no known kind, and a job after each."""
     ended = two_ranks(tmp_path / "sweep", "data.max_train=1,4,2,5")
