@@ -2,7 +2,8 @@
 
 It imports nothing of LifeAlign, whose settings of the process (thread waiting, huge pages) TRL's users do not have.
 The first line in is the order: base, dtype, pairs, factors (a safetensors file), online, autocast, checkpointing, and the
-numbers of the training. Every further line is a batch, a list of indices; the answer holds the loss and the processor seconds it took.
+numbers of the training. Every further line is a batch, a list of indices; the answer holds the loss and the processor
+seconds it took.
 """
 
 import os

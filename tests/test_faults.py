@@ -206,8 +206,6 @@ def processes_of(folder: Path) -> dict[str, list[psutil.Process]]:
     return found
 
 
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["rank", "launcher", "command"])
 def test_nothing_is_left_of_two_ranks(victim: str, tmp_path: Path) -> None:
