@@ -55,6 +55,20 @@ def check_name(key: str, name: str) -> None:
         raise UserError(f"{key}={name!r}: a name becomes a folder's; use letters, digits and . _ - + = , @")
 
 
+def library_line(error: BaseException) -> str:
+    """What an error of a library says, in one line that is not endless."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def yaml_line(error: Exception, path: str | None = None) -> str:
+    """What is wrong with a YAML file in one line, with the place where the reader knows it."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    place = path or (mark.name if mark is not None else "YAML")
+    if mark is not None:
+        place += f", line {mark.line + 1}"
+    return f"{place}: {' '.join(str(problem or error).split())}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest known word, or ``"; known: a, b"`` where none is near and they are few."""
     names = sorted(str(k) for k in known)

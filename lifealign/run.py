@@ -28,7 +28,7 @@ from lifealign.lifelong import Lifelong
 from lifealign.memory.bank import read_ledger
 from lifealign.memory.contributions import summarise
 from lifealign.runtime import checkpoint, distributed
-from lifealign.runtime.files import read_json_lines, write_json, write_text
+from lifealign.runtime.files import read_json_lines, read_yaml, write_json, write_text
 from lifealign.runtime.lock import locked
 from lifealign.runtime.options import Resume
 from lifealign.runtime.orphan import ends_with_launcher
@@ -127,7 +127,7 @@ def _prepare_directory(folder: Path, config: Config, settings: Mapping[str, Any]
         raise UserError(f"{link}: is a symbolic link; a run writes to folders of its own, so name the real one")
     held = folder / "config.yaml"
     if held.exists() and checkpoint.newest_folder(folder / "checkpoints") is not None:
-        changed = differences(yaml.safe_load(held.read_text()), dict(settings))
+        changed = differences(_read_settings(held), dict(settings))
         if changed and config.resume is not Resume.force:
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise UserError(
@@ -135,6 +135,13 @@ def _prepare_directory(folder: Path, config: Config, settings: Mapping[str, Any]
                 "another run.dir starts anew"
             )
     write_text(held, yaml.safe_dump(dict(settings), sort_keys=False))
+
+
+def _read_settings(held: Path) -> dict[str, Any]:
+    settings = read_yaml(held)
+    if not isinstance(settings, dict):
+        raise UserError(f"{held}: not what a run writes; take it from a copy of the run, or name another run.dir")
+    return settings
 
 
 def _next_free(folder: Path) -> Path:
