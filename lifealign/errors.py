@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 LISTED = 20
 """More names than this are not listed in a message of one line."""
@@ -36,6 +37,13 @@ class StorageFailed(RuntimeError):
 
     Commands print the text alone and exit with status 1.
     """
+
+
+def storage_failed(folder: Path, error: Exception) -> StorageFailed:
+    """What to raise on every rank where one of them met ``error`` as it wrote below a run directory."""
+    kept = "the newest checkpoint stands, and the same command goes on"
+    rest = kept if (folder / "checkpoints").exists() else "there is no checkpoint in it, so the run starts anew"
+    return StorageFailed(f"{folder}: cannot be written ({error}); {rest}")
 
 
 class Interrupted(Exception):

@@ -22,7 +22,7 @@ from lifealign.assets import SIX_DOMAINS
 from lifealign.config import Config, settings_hash
 from lifealign.data.tasks import Task, load_tasks
 from lifealign.data.tokenize import Pair
-from lifealign.errors import Interrupted, StorageFailed, UserError
+from lifealign.errors import Interrupted, UserError, storage_failed
 from lifealign.evaluation.dashboard import show_task
 from lifealign.evaluation.evaluate import Evaluator
 from lifealign.evaluation.judge import Judge, judge_folder
@@ -196,7 +196,7 @@ class Lifelong:
                 self._take_up_progress(engine, midway)
             with self._timed(stage.name):
                 self.steps += trainer.train(pairs, taken=taken)
-        with self._timed("consolidation"):
+        with self._timed("consolidation"), self._told():
             for record in self.strategy.end_stage(context):
                 self.tracker.log("consolidation", {"task": context.task.name, "stage": stage.name, **record})
 
@@ -344,13 +344,19 @@ class Lifelong:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Inside, rank 0 writes; where it cannot, all ranks end together. What ranks exchange there they exchange first."""
-        try:
+        with self._told():
+            with distributed.failing_together(OSError):
+                self.tracker.check()
             with distributed.failing_together(OSError, SafetensorError):
                 yield
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Inside, every rank meets the same errors of storage, which are told in a line."""
+        try:
+            yield
         except (OSError, SafetensorError) as error:
-            raise StorageFailed(
-                f"{self.folder}: cannot be written ({error}); the newest checkpoint stands, and the same command goes on"
-            ) from error
+            raise storage_failed(self.folder, error) from error
 
     def _restore(self) -> None:
         """Take up the newest checkpoint, where there is one."""

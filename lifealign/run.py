@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from lifealign import sweep
 from lifealign.config import Config, build, differences, resolved, run_name
 from lifealign.data.tasks import Task
-from lifealign.errors import UserError
+from lifealign.errors import UserError, storage_failed
 from lifealign.evaluation.report import write_report
 from lifealign.evaluation.samples import read_changes
 from lifealign.evaluation.scores import ScoreBook, closing_table
@@ -67,8 +67,11 @@ def train(composed: DictConfig) -> float | None:
             lifelong.run()
             lifelong.timing["total"] += time.perf_counter() - started
             if distributed.is_main():
-                report(lifelong, settings)
-                tracker.adapter(folder / "adapter")
+                try:
+                    report(lifelong, settings)
+                    tracker.adapter(folder / "adapter")
+                except OSError as error:
+                    raise storage_failed(folder, error) from error
                 console.print(closing_table(lifelong.book))
                 console.print(f"{folder}: adapter/, scores.json, report/index.html")
     return searched(config, lifelong.book)

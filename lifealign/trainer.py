@@ -17,7 +17,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from lifealign.data.batch import Batch, Extent, Row, collate, extent
 from lifealign.data.tokenize import Pair
-from lifealign.errors import TrainingDiverged
+from lifealign.errors import TrainingDiverged, storage_failed
 from lifealign.runtime import distributed
 from lifealign.runtime.engine import read_gradients, step, write_gradients
 from lifealign.runtime.terminal import step_progress
@@ -247,15 +247,19 @@ class Trainer:
         """Sums over ranks of scalars, as numbers: one exchange, and the one host synchronisation of a step.
 
         The gradient norm of the step before comes with them; with it that step is checked, and logged where it is to be. So
-        does whether any rank was asked to stop.
+        does whether any rank was asked to stop, and whether the lines of earlier steps could be written.
 
         Raises:
             TrainingDiverged: the norm, or a figure of the step's line, is not finite.
+            StorageFailed: a line could not be written.
         """
         own_norm = self._norm.double() / distributed.world_size()  # every rank knows the same norm
         asked = torch.full((), float(self.asked_to_stop()), dtype=torch.float64, device=distributed.device())
-        scalars = torch.stack([value.double() for value in (own_norm, asked, *values)])
-        norm, asked_ranks, *sums = distributed.sum_over_ranks(scalars).tolist()
+        broken = torch.full_like(asked, float(self.tracker.failure is not None))
+        scalars = torch.stack([value.double() for value in (own_norm, asked, broken, *values)])
+        norm, asked_ranks, broken_ranks, *sums = distributed.sum_over_ranks(scalars).tolist()
+        if broken_ranks:
+            raise storage_failed(self.tracker.folder, self.tracker.failure or OSError("rank 0 says why"))
         self.stopping = self.stopping or asked_ranks > 0
         line, self._line = self._line, None
         self._check_finite({"grad_norm": norm, **(line or {})}, self._taken, taken=True)
