@@ -36,7 +36,7 @@ from lifealign.runtime.engine import deepspeed_config, inference_engine, trainin
 from lifealign.runtime.files import write_json, write_json_lines
 from lifealign.runtime.optimizer import read_optimizer, write_optimizer
 from lifealign.runtime.randomness import read_rng, write_rng
-from lifealign.runtime.signals import StopSignals
+from lifealign.runtime.signals import StopSignals, stopping_between_batches
 from lifealign.runtime.tracking import Tracker
 from lifealign.stages import PreferenceStage, Stage, StageOptions, SupervisedStage
 from lifealign.strategies import Context, Run, State
@@ -54,10 +54,11 @@ Tensors = dict[str, torch.Tensor]
 class Midway:
     """What an interrupted stage goes on from, once it has begun again as it began then: its weights and all that moves them."""
 
-    steps: int  # taken
+    steps: int  # taken, or skipped
     batch_size: int  # pairs in each of them
     strategy: dict[str, Any]
     parts: dict[str, Tensors]  # adapter, added, optimizer, rng, strategy
+    skipped: int = 0  # of the steps
 
 
 @dataclass
@@ -176,7 +177,7 @@ class Lifelong:
             self.policy, engine_config, partial(make_optimizer, options), partial(make_schedule, options, steps)
         ) as engine:
             if stage.name == "preference":
-                with self._timed("reference"):
+                with self._timed("reference"), stopping_between_batches(self._stop_if_asked):
                     self._ensure_reference(engine, pairs, context.task, log_it=midway is None)
             trainer = Trainer(
                 engine=engine,
@@ -191,6 +192,7 @@ class Lifelong:
                 asked_to_stop=lambda: self.signals.received is not None,
             )
             taken = 0 if midway is None else midway.steps
+            trainer.skipped = 0 if midway is None else midway.skipped
             trainer.between_steps = self._between_steps(trainer, taken)
             if midway is not None:
                 self._take_up_progress(engine, midway)
@@ -261,7 +263,9 @@ class Lifelong:
         self.strategy.end_task(self._context(number))
         predictions: list[dict[str, Any]] = []
         scores: dict[str, dict[str, float]] = {}
-        with self._timed("evaluation"), inference_engine(self.policy, self.config.zero) as module:
+        # Nothing of it need be saved to stop within: this phase began with a checkpoint, and is begun again.
+        stopping = stopping_between_batches(self._stop_if_asked)
+        with self._timed("evaluation"), stopping, inference_engine(self.policy, self.config.zero) as module:
             for other, rows in experience.scores(len(self.tasks), forward=self.config.evaluation.forward):
                 on = self.tasks[other]
                 result = self.evaluator.evaluate(module, on)
@@ -324,7 +328,8 @@ class Lifelong:
             strategy=strategy.tensors,
         )
         batch_size = trainer.options.global_batch(trainer.stage.name, distributed.world_size())
-        self._write_checkpoint({"steps": steps, "batch_size": batch_size, "strategy": strategy.values}, parts)
+        midway = {"steps": steps, "batch_size": batch_size, "strategy": strategy.values, "skipped": trainer.skipped}
+        self._write_checkpoint(midway, parts)
 
     def _write_checkpoint(self, midway: Mapping[str, Any] | None = None, parts: Tensors | None = None) -> None:
         with self._writing():

@@ -1,0 +1,149 @@
+"""Two ranks of which one meets something that the other does not: both end, soon, and say what it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import QUICK, REPOSITORY, environment, train_here
+
+from lifealign.errors import Interrupted, TrainingDiverged
+from lifealign.stages import Outcome, PreferenceStage
+
+SMALL = (
+    "sequence.tasks=[instruct]",
+    "data.max_train=32",
+    "sft.epochs=0",
+    "preference.epochs=1",
+    "evaluation.metrics=[preference_accuracy,rouge_l]",
+    "evaluation.batch_size=1",
+    "evaluation.max_new_tokens=2",
+    "checkpoint.every=1",
+    "cache.enabled=false",
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def ranks(what: str, folder: Path, *overrides: str, rank: int = 1, count: int = 2) -> list[subprocess.Popen[str]]:
+    """The ranks of a training in which ``what`` happens on one of them; each said in its own words."""
+    port = str(free_port())
+    script = str(REPOSITORY / "tests" / "mishaps.py")
+    return [
+        subprocess.Popen(
+            [sys.executable, script, what, str(rank), *QUICK, *SMALL, f"run.dir={folder}", *overrides],
+            env={
+                **environment(),
+                "OMP_NUM_THREADS": "1",
+                **{"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)},
+                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(count)
+    ]
+
+
+def ended(processes: list[subprocess.Popen[str]], timeout: float = 280) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of each rank."""
+    found = []
+    for process in processes:
+        out, err = process.communicate(timeout=timeout)
+        found.append((process.returncode, out, err))
+    return found
+
+
+def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [row for line in (folder / "metrics.jsonl").read_text().splitlines() if (row := json.loads(line))["kind"] == kind]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_on_one_rank_stops_both(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (code, _, told), (other_code, _, other) = ended(ranks("nan", folder))
+    assert (code, other_code) == (1, 1)
+    (line,) = told.splitlines()
+    assert line.startswith("error: loss is nan at step 2 of the preference stage of task instruct (rank 1: instruct/train/")
+    assert "rank 0" not in line and "," not in line.split("rank 1: ")[1]  # the one row, of the one rank
+    assert line.endswith("the optimiser has not taken this step")
+    assert other == ""
+    assert [row["stage_step"] for row in rows(folder, "step")] == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_such_a_step_may_be_skipped_as_often_as_is_said(zero: int, tmp_path: Path) -> None:
+    """Weights and moments are those of the step before, and the schedule goes on. Deterministic."""
+    skip = "preference.max_skipped_steps=1", f"zero={zero}"
+    for name in ("first", "second"):
+        (code, out, told), _ = ended(ranks("nan", tmp_path / name, *skip))
+        assert code == 0, told
+        assert "step 2 of the preference stage of task instruct is skipped: loss nan (rank 1: instruct/train/" in out
+    (row,) = rows(tmp_path / "first", "skipped")
+    assert (row["stage_step"], row["loss"], row["skipped"]) == (2, None, 1) and "rank 1: instruct/train/" in row["rows"]
+    steps = rows(tmp_path / "first", "step")
+    assert [step["stage_step"] for step in steps] == [1, 3, 4]
+    first, second = adapter(tmp_path / "first"), adapter(tmp_path / "second")
+    assert all(torch.isfinite(value).all() and value.equal(second[name]) for name, value in first.items())
+    (code, _, told), _ = ended(ranks("nothing", tmp_path / "whole", f"zero={zero}"))
+    assert code == 0, told
+    whole = rows(tmp_path / "whole", "step")
+    assert [step["lr"] for step in steps] == [whole[i]["lr"] for i in (0, 2, 3)]
+    assert steps[0]["loss"] == whole[0]["loss"] and steps[1]["loss"] != whole[2]["loss"]
+
+
+@pytest.mark.slow
+def test_what_was_skipped_before_a_run_was_stopped_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is for a stage, not for a process: the second bad step, after a stop, is one too many."""
+    usual, calls = PreferenceStage.outcome, []
+
+    def outcome(self: PreferenceStage, *arguments: Any) -> Outcome:
+        calls.append(None)
+        if len(calls) == 5:  # each step has two micro-batches: this is the third
+            os.kill(os.getpid(), signal.SIGTERM)
+        result = usual(self, *arguments)
+        return result._replace(losses=result.losses * float("nan")) if len(calls) == 1 else result
+
+    monkeypatch.setattr(PreferenceStage, "outcome", outcome)
+    words = *SMALL, "preference.max_skipped_steps=1"
+    with pytest.raises(Interrupted):
+        train_here(tmp_path / "run", *words)
+    assert [row["stage_step"] for row in rows(tmp_path / "run", "skipped")] == [1]
+    calls.clear()
+    with pytest.raises(TrainingDiverged, match="loss is nan at step 4 "):
+        train_here(tmp_path / "run", *words)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_both_between_batches_of_an_evaluation(tmp_path: Path) -> None:
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    (code, _, told), (other_code, *_) = ended(ranks("signal", folder))
+    assert (code, other_code) == (128 + signal.SIGTERM,) * 2, told
+    (line,) = told.splitlines()
+    assert "stopped by SIGTERM and saved (task 1, commit)" in line
+    assert not (folder / "tasks").exists()  # it did not come to the end of the evaluation
+    for run in (folder, whole):
+        codes = [code for code, *_ in ended(ranks("nothing", run))]
+        assert codes == [0, 0]
+    assert (folder / "scores.json").read_text() == (whole / "scores.json").read_text()
+    assert adapter(folder).keys() == adapter(whole).keys()
+    assert all(value.equal(adapter(whole)[name]) for name, value in adapter(folder).items())
