@@ -22,11 +22,11 @@ from lifealign.objectives import Objective  # noqa: F401  registers the objectiv
 from lifealign.registry import component
 from lifealign.runtime.engine import ZeroOptions
 from lifealign.runtime.files import read_yaml
-from lifealign.runtime.options import CheckpointOptions, Resume, RunOptions, TrackingOptions
+from lifealign.runtime.options import CheckpointOptions, Resume, RunOptions, RuntimeOptions, TrackingOptions
 from lifealign.stages import StageOptions
 from lifealign.strategies import Strategy  # noqa: F401  registers the strategies
 
-INCIDENTAL = ("run", "resume", "tracking", "checkpoint", "cache")
+INCIDENTAL = ("run", "resume", "tracking", "checkpoint", "cache", "runtime")
 """Sections that say how a run is kept and watched, and nothing, beyond rounding, about what it computes."""
 
 COMPONENTS = ("objective", "strategy")
@@ -52,6 +52,7 @@ class Config:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
 
     def check_batches(self, pairs: Mapping[str, int], ranks: int) -> None:
         """Raises UserError where batch sizes do not divide, or a task has fewer training pairs than there are ranks."""

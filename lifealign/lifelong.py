@@ -31,7 +31,7 @@ from lifealign.models.adapter import factor_shapes, read_added, read_factors, sa
 from lifealign.models.loading import attach_lora, enable_gradient_checkpointing, load_base, load_tokenizer, pad_token_id
 from lifealign.models.policy import Policy, choose_head, choose_layout, choose_operations
 from lifealign.models.scoring import ReferenceLogps, pair_row
-from lifealign.runtime import checkpoint, distributed
+from lifealign.runtime import checkpoint, distributed, watchdog
 from lifealign.runtime.engine import deepspeed_config, inference_engine, training_engine
 from lifealign.runtime.files import write_json, write_json_lines
 from lifealign.runtime.optimizer import read_optimizer, write_optimizer
@@ -130,6 +130,7 @@ class Lifelong:
         while self.position.task < len(self.plan):
             self._stop_if_asked()
             number, phase = self.position.task, self.position.phase
+            watchdog.here.say(f"task {self.plan[number].task.name}, {phase}")
             log.info("task %d of %d (%s): %s", number + 1, len(self.plan), self.plan[number].task.name, phase)
             if phase == PHASES[0]:
                 self.strategy.begin_task(self._context(number))

@@ -35,6 +35,7 @@ from lifealign.runtime.orphan import ends_with_launcher
 from lifealign.runtime.signals import StopSignals
 from lifealign.runtime.terminal import console, log_file
 from lifealign.runtime.tracking import Tracker
+from lifealign.runtime.watchdog import watched
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,12 @@ def train(composed: DictConfig) -> float | None:
     config = build(composed)
     distributed.start()
     settings = resolved(composed)
-    with StopSignals() as signals, ends_with_launcher(), run_directory(composed, config, settings) as folder:
+    with (
+        StopSignals() as signals,
+        ends_with_launcher(),
+        watched(config.runtime),
+        run_directory(composed, config, settings) as folder,
+    ):
         job, told = sweep.current(), settings
         if job is not None:
             job.run = folder

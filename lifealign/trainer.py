@@ -19,7 +19,7 @@ from transformers import get_cosine_schedule_with_warmup
 from lifealign.data.batch import Batch, Extent, Row, collate, extent
 from lifealign.data.tokenize import Pair
 from lifealign.errors import TrainingDiverged, storage_failed
-from lifealign.runtime import distributed
+from lifealign.runtime import distributed, watchdog
 from lifealign.runtime.engine import read_gradients, skip, step, write_gradients
 from lifealign.runtime.terminal import console, step_progress
 from lifealign.runtime.tracking import Tracker
@@ -121,6 +121,7 @@ class Trainer:
             progress.update(progress.task_ids[0], completed=taken)
             started = time.perf_counter()
             for number, batch in enumerate(collated, taken):
+                watchdog.here.say(f"task {self.context.task.name}, {self.stage.name}, step {number + 1}")
                 if self.between_steps is not None:
                     self.between_steps(number)
                 log_it = number % self.log_every == 0 or number + 1 == len(plan)

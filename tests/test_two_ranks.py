@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,43 @@ def test_a_signal_to_one_rank_stops_both_between_batches_of_an_evaluation(tmp_pa
     assert (folder / "scores.json").read_text() == (whole / "scores.json").read_text()
     assert adapter(folder).keys() == adapter(whole).keys()
     assert all(value.equal(adapter(whole)[name]) for name, value in adapter(folder).items())
+
+
+def wait_for_step(folder: Path, processes: list[subprocess.Popen[str]]) -> None:
+    deadline = time.monotonic() + 200
+    while not (folder / "metrics.jsonl").exists() or not rows(folder, "step"):
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_is_stopped_is_named(stopped: int, tmp_path: Path) -> None:
+    """SIGSTOP: it is there and says nothing."""
+    folder = tmp_path / "run"
+    processes = ranks("nothing", folder, "preference.epochs=200", "runtime.silence_timeout=10")
+    wait_for_step(folder, processes)
+    processes[stopped].send_signal(signal.SIGSTOP)
+    try:
+        _, told = processes[1 - stopped].communicate(timeout=120)
+    finally:
+        processes[stopped].kill()
+    assert processes[1 - stopped].returncode == 1
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert (
+        line.startswith(f"error: rank {stopped} is silent for 1")
+        and f"(last seen on {socket.gethostname()}, task instruct, " in line
+    )
+    processes[stopped].wait(timeout=60)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_with_the_place(tmp_path: Path) -> None:
+    """Its threads live, its main thread does not get on; the other waits in a collective."""
+    (code, _, told), (other_code, out, _) = ended(ranks("hang", tmp_path / "run", "runtime.hang_timeout=10"))
+    assert (code, other_code) == (1, 1)
+    assert "rank 1 hangs now" in out
+    (line,) = told.splitlines()
+    assert (
+        line.startswith("error: rank 1 hangs (on ") and "task instruct, preference, step 2, in hang (mishaps.py, line " in line
+    )

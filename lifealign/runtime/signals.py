@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType, TracebackType
 
+from lifealign.runtime.watchdog import here
+
 ASKING = (signal.SIGTERM, signal.SIGINT)
 
 AGAIN_SECONDS = 5.0
@@ -31,6 +33,7 @@ def stopping_between_batches(check: Callable[[], object]) -> Iterator[None]:
 
 def between_batches() -> None:
     """Whoever works through batches calls this before each, on every rank equally often: a run may be stopped there."""
+    here.tick()
     check = _check.get()
     if check is not None:
         check()
