@@ -30,6 +30,7 @@ LAYERS: list[tuple[str, ...]] = [
         "composition",
         "cache_command",
         "memory_command",
+        "supervise",
     ),
     ("pretrain",),
     ("lifelong",),
