@@ -38,6 +38,7 @@ from lifealign.errors import (
     TrainingDiverged,
     UserError,
     did_you_mean,
+    printable,
     yaml_line,
 )
 from lifealign.runtime import distributed
@@ -188,7 +189,7 @@ def exit_codes() -> Iterator[list[int]]:
 
 def _print_error(error: Exception) -> None:
     if distributed.is_main():
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        print(f"error: {printable(one_line(error))}", file=sys.stderr, flush=True)
 
 
 def _refuse_arguments(message: str) -> NoReturn:

@@ -13,9 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from lifealign.errors import UserError
+from lifealign.errors import UserError, library_line
 
 TARGET = "_target_"
 
@@ -42,7 +45,12 @@ def calls_refused() -> Iterator[None]:
     usual = ConfigLoaderImpl.load_configuration
 
     def checked(self: ConfigLoaderImpl, *arguments: Any, **options: Any) -> DictConfig:
-        composed = usual(self, *arguments, **options)
+        try:
+            composed = usual(self, *arguments, **options)
+        except (HydraException, OmegaConfBaseException, YAMLError):  # which say where
+            raise
+        except (ValueError, TypeError, AttributeError, KeyError, AssertionError, RecursionError) as error:
+            raise UserError(f"the presets cannot be composed ({library_line(error)}); check those of your own") from error
         refuse_calls(composed)
         return composed
 

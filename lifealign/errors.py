@@ -63,6 +63,16 @@ def check_name(key: str, name: str) -> None:
         raise UserError(f"{key}={name!r}: a name becomes a folder's; use letters, digits and . _ - + = , @")
 
 
+LONGEST = 2_000
+"""Characters of a message; what data says may be of any length."""
+
+
+def printable(text: str) -> str:
+    """A message in one line, whatever data is quoted in it: control characters, which terminals act on, are written out."""
+    cut = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+
+
 def library_line(error: BaseException) -> str:
     """What an error of a library says, in one line that is not endless."""
     return " ".join(str(error).split())[:200] or type(error).__name__

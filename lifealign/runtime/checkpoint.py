@@ -104,7 +104,7 @@ def _problem(path: Path) -> str | None:
         return f"{TENSORS} holds no tensors"
     except OSError as error:
         return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"{MANIFEST} is not what was written"
     return None
 
