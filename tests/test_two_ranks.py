@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from support import QUICK, REPOSITORY, environment, train_here
 
 from lifealign.errors import Interrupted, TrainingDiverged
 from lifealign.stages import Outcome, PreferenceStage
+
+pytestmark = pytest.mark.timeout(900)  # several launches each, on cores that may be shared
 
 SMALL = (
     "sequence.tasks=[instruct]",
@@ -39,25 +43,24 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def ranks(what: str, folder: Path, *overrides: str, rank: int = 1, count: int = 2) -> list[subprocess.Popen[str]]:
-    """The ranks of a training in which ``what`` happens on one of them; each said in its own words."""
-    port = str(free_port())
-    script = str(REPOSITORY / "tests" / "mishaps.py")
-    return [
-        subprocess.Popen(
-            [sys.executable, script, what, str(rank), *QUICK, *SMALL, f"run.dir={folder}", *overrides],
-            env={
-                **environment(),
-                "OMP_NUM_THREADS": "1",
-                **{"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)},
-                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(count)
-    ]
+def rank_process(
+    number: int, words: Sequence[str], port: int, address: str = "127.0.0.1", before: Sequence[str] = (), **more: str
+) -> subprocess.Popen[str]:
+    """One of two ranks of ``mishaps.py``; ``before`` stands before its command, ``more`` is added to its environment."""
+    where = {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    return subprocess.Popen(
+        [*before, sys.executable, str(REPOSITORY / "tests" / "mishaps.py"), *words],
+        env={**environment(), "OMP_NUM_THREADS": "1", **where, **more},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ranks(what: str, folder: Path, *overrides: str) -> list[subprocess.Popen[str]]:
+    """The ranks of a training in which ``what`` happens on the second; each said in its own words."""
+    port, words = free_port(), [what, "1", *QUICK, *SMALL, f"run.dir={folder}", *overrides]
+    return [rank_process(number, words, port) for number in range(2)]
 
 
 def ended(processes: list[subprocess.Popen[str]], timeout: float = 280) -> list[tuple[int, str, str]]:
@@ -188,3 +191,64 @@ def test_a_rank_that_hangs_is_named_with_the_place(tmp_path: Path) -> None:
     assert (
         line.startswith("error: rank 1 hangs (on ") and "task instruct, preference, step 2, in hang (mishaps.py, line " in line
     )
+
+
+# -- two hosts ---------------------------------------------------------------------------------------------------------
+
+
+def ip(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["ip", *words], capture_output=True, text=True)
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """Two network namespaces, each with an end of one link: as far apart as two machines. The first's address is 10.77.0.1."""
+    if shutil.which("ip") is None:
+        pytest.skip("two hosts need the command ip, of the package iproute2")
+    names = [f"lifealign-{os.getpid()}-{number}" for number in (1, 2)]
+    made = ip("netns", "add", names[0])
+    if made.returncode:
+        pytest.skip(f"two hosts need network namespaces, which are not allowed here: {made.stderr.strip()}")
+    ip("netns", "add", names[1])
+    try:
+        joined = ip("link", "add", "end1", "netns", names[0], "type", "veth", "peer", "name", "end2", "netns", names[1])
+        if joined.returncode:
+            pytest.skip(f"two hosts need a link between namespaces, which is not allowed here: {joined.stderr.strip()}")
+        for number, name in enumerate(names, 1):
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "address", "add", f"10.77.0.{number}/24", "dev", f"end{number}")
+            ip("-n", name, "link", "set", f"end{number}", "up")
+        yield names
+    finally:
+        for name in names:
+            ip("netns", "delete", name)
+
+
+@pytest.mark.slow
+def test_two_hosts_whose_link_is_cut_within_a_step(hosts: list[str], tmp_path: Path) -> None:
+    """Both sides end within two minutes and name the other; once the link is back the same commands go on."""
+    folder = tmp_path / "run"
+    words = "nothing", "1", *QUICK, *SMALL, f"run.dir={folder}", "preference.epochs=8"
+
+    def start() -> list[subprocess.Popen[str]]:
+        return [
+            rank_process(n, words, 29500, "10.77.0.1", ("ip", "netns", "exec", host), GLOO_SOCKET_IFNAME=f"end{n + 1}")
+            for n, host in enumerate(hosts)
+        ]
+
+    processes = start()
+    wait_for_step(folder, processes)
+    ip("-n", hosts[0], "link", "set", "end1", "down")
+    cut = time.monotonic()
+    found = ended(processes, timeout=150)
+    assert time.monotonic() - cut < 120
+    for number, (code, _, told) in enumerate(found):
+        assert code == 1
+        assert told.splitlines()[-1].startswith(f"error: rank {1 - number} is silent for 6"), told
+        assert "the network is cut" in told and "Traceback" not in told
+    before = [row["step"] for row in rows(folder, "step")]
+    assert 0 < len(before) < 32
+
+    ip("-n", hosts[0], "link", "set", "end1", "up")
+    assert [code for code, *_ in ended(start())] == [0, 0]
+    assert [row["step"] for row in rows(folder, "step")] == list(range(1, 33))
