@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from lifealign.errors import UserError
+from lifealign.errors import UserError, printable
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -22,6 +22,6 @@ def exit_code(work: Callable[[], None]) -> int:
     try:
         work()
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
+import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
@@ -26,17 +27,27 @@ from omegaconf.errors import OmegaConfBaseException
 
 import lifealign.conf
 from lifealign import sweep
+from lifealign.composition import calls_refused, refuse_packages
 from lifealign.config import Config
 from lifealign.data.options import SequenceOptions
 from lifealign.environment import prepare_process
-from lifealign.errors import ConsolidationFailed, Interrupted, StorageFailed, TrainingDiverged, UserError, did_you_mean
+from lifealign.errors import (
+    ConsolidationFailed,
+    Interrupted,
+    StorageFailed,
+    TrainingDiverged,
+    UserError,
+    did_you_mean,
+    printable,
+    yaml_line,
+)
 from lifealign.runtime import distributed
 from lifealign.runtime.terminal import console
 
 FAILURES = (TrainingDiverged, ConsolidationFailed, StorageFailed, Interrupted)
 """What ends a run though the user made no mistake, and is told in one line."""
 
-KNOWN = (UserError, *FAILURES, HydraException, OmegaConfBaseException)
+KNOWN = (UserError, *FAILURES, HydraException, OmegaConfBaseException, yaml.YAMLError)
 """What is told in one line."""
 
 FREE_KEYS = ("zero.settings.", "sequence.sources.")
@@ -74,6 +85,7 @@ def hydra_command(task: Callable[[DictConfig], object], after_sweep: AfterSweep 
         sweeping = parser.parse_args().multirun
         keys = sweep.swept_keys(sys.argv[1:]) if sweeping else []
         _refuse_processes_apart(sys.argv[1:])
+        refuse_packages(sys.argv[1:])
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as they are
         here = os.getpid()
 
@@ -98,7 +110,8 @@ def hydra_command(task: Callable[[DictConfig], object], after_sweep: AfterSweep 
                 return result
 
         try:
-            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+            with calls_refused():
+                hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
         except _SweepStopped as stopped:
             codes.append(stopped.args[0])
         else:
@@ -176,7 +189,7 @@ def exit_codes() -> Iterator[list[int]]:
 
 def _print_error(error: Exception) -> None:
     if distributed.is_main():
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        print(f"error: {printable(one_line(error))}", file=sys.stderr, flush=True)
 
 
 def _refuse_arguments(message: str) -> NoReturn:
@@ -274,7 +287,9 @@ def one_line(error: Exception) -> str:
         return f"{group}={name}: there is no such preset{hint}" if group else f"no configuration named '{name}'{hint}"
     if isinstance(error, OverrideParseException):
         return f"the override {error.override!r} cannot be read; overrides are key=value, with Hydra's quoting"
-    first = str(error).strip().splitlines()[0].rstrip(".")
+    if isinstance(error, yaml.YAMLError):
+        return yaml_line(error)
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     if isinstance(error, ConfigCompositionException) or isinstance(cause, OmegaConfBaseException):
         return _composition_line(error, cause, first)
     return first

@@ -11,21 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ValidationError
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from lifealign.data.options import DataOptions, SequenceOptions
-from lifealign.errors import UserError
+from lifealign.errors import UserError, library_line
 from lifealign.evaluation.options import EvaluationOptions
 from lifealign.models.options import CacheOptions, ModelOptions
 from lifealign.objectives import Objective  # noqa: F401  registers the objectives
 from lifealign.registry import component
 from lifealign.runtime.engine import ZeroOptions
-from lifealign.runtime.options import CheckpointOptions, Resume, RunOptions, TrackingOptions
+from lifealign.runtime.files import read_yaml
+from lifealign.runtime.options import CheckpointOptions, Resume, RunOptions, RuntimeOptions, TrackingOptions
 from lifealign.stages import StageOptions
 from lifealign.strategies import Strategy  # noqa: F401  registers the strategies
 
-INCIDENTAL = ("run", "resume", "tracking", "checkpoint", "cache")
+INCIDENTAL = ("run", "resume", "tracking", "checkpoint", "cache", "runtime")
 """Sections that say how a run is kept and watched, and nothing, beyond rounding, about what it computes."""
 
 COMPONENTS = ("objective", "strategy")
@@ -51,6 +52,7 @@ class Config:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
 
     def check_batches(self, pairs: Mapping[str, int], ranks: int) -> None:
         """Raises UserError where batch sizes do not divide, or a task has fewer training pairs than there are ranks."""
@@ -96,12 +98,7 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> DictConfig:
         key = override.split("=")[0]
         if "=" not in override or (key in Config.__dataclass_fields__ and key not in ("seed", "resume")):
             raise UserError(f"'{override}': give single keys of the run's configuration, such as evaluation.batch_size=8")
-    values = OmegaConf.load(held)
-    composed = OmegaConf.structured(Config)
-    for group in COMPONENTS:
-        composed[group] = OmegaConf.structured(component(group, values[group].name))
-    composed.sequence = OmegaConf.structured(SequenceOptions)
-    merged = OmegaConf.merge(composed, values)
+    merged = _read_run(held)
     for override in overrides:
         try:
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
@@ -109,6 +106,20 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> DictConfig:
             raise UserError(f"'{override}': {str(error).splitlines()[0]}") from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _read_run(held: Path) -> DictConfig | ListConfig:
+    """What a run's ``config.yaml`` says, under the schema of the components that it names."""
+    read_yaml(held)  # refuses tags, with the line
+    try:
+        values = OmegaConf.load(held)
+        composed = OmegaConf.structured(Config)
+        for group in COMPONENTS:
+            composed[group] = OmegaConf.structured(component(group, values[group].name))
+        composed.sequence = OmegaConf.structured(SequenceOptions)
+        return OmegaConf.merge(composed, values)
+    except (OmegaConfBaseException, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{held}: not what a run of this version writes ({library_line(error)})") from error
 
 
 def resolved(composed: DictConfig) -> dict[str, Any]:

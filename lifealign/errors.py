@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 LISTED = 20
 """More names than this are not listed in a message of one line."""
@@ -38,6 +39,13 @@ class StorageFailed(RuntimeError):
     """
 
 
+def storage_failed(folder: Path, error: Exception) -> StorageFailed:
+    """What to raise on every rank where one of them met ``error`` as it wrote below a run directory."""
+    kept = "the newest checkpoint stands, and the same command goes on"
+    rest = kept if (folder / "checkpoints").exists() else "there is no checkpoint in it, so the run starts anew"
+    return StorageFailed(f"{folder}: cannot be written ({error}); {rest}")
+
+
 class Interrupted(Exception):
     """A signal asked the run to end, and all that it had done is saved. Raised on every rank.
 
@@ -53,6 +61,30 @@ def check_name(key: str, name: str) -> None:
     """Raises UserError for a name that is to become part of a path and might lead elsewhere, or be no name of a file."""
     if not re.fullmatch(r"\w[\w.+=,@ -]{0,199}", name):
         raise UserError(f"{key}={name!r}: a name becomes a folder's; use letters, digits and . _ - + = , @")
+
+
+LONGEST = 2_000
+"""Characters of a message; what data says may be of any length."""
+
+
+def printable(text: str) -> str:
+    """A message in one line, whatever data is quoted in it: control characters, which terminals act on, are written out."""
+    cut = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+
+
+def library_line(error: BaseException) -> str:
+    """What an error of a library says, in one line that is not endless."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def yaml_line(error: Exception, path: str | None = None) -> str:
+    """What is wrong with a YAML file in one line, with the place where the reader knows it."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    place = path or (mark.name if mark is not None else "YAML")
+    if mark is not None:
+        place += f", line {mark.line + 1}"
+    return f"{place}: {' '.join(str(problem or error).split())}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

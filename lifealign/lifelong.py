@@ -22,7 +22,7 @@ from lifealign.assets import SIX_DOMAINS
 from lifealign.config import Config, settings_hash
 from lifealign.data.tasks import Task, load_tasks
 from lifealign.data.tokenize import Pair
-from lifealign.errors import Interrupted, StorageFailed, UserError
+from lifealign.errors import Interrupted, UserError, storage_failed
 from lifealign.evaluation.dashboard import show_task
 from lifealign.evaluation.evaluate import Evaluator
 from lifealign.evaluation.judge import Judge, judge_folder
@@ -31,12 +31,12 @@ from lifealign.models.adapter import factor_shapes, read_added, read_factors, sa
 from lifealign.models.loading import attach_lora, enable_gradient_checkpointing, load_base, load_tokenizer, pad_token_id
 from lifealign.models.policy import Policy, choose_head, choose_layout, choose_operations
 from lifealign.models.scoring import ReferenceLogps, pair_row
-from lifealign.runtime import checkpoint, distributed
+from lifealign.runtime import checkpoint, distributed, watchdog
 from lifealign.runtime.engine import deepspeed_config, inference_engine, training_engine
 from lifealign.runtime.files import write_json, write_json_lines
 from lifealign.runtime.optimizer import read_optimizer, write_optimizer
 from lifealign.runtime.randomness import read_rng, write_rng
-from lifealign.runtime.signals import StopSignals
+from lifealign.runtime.signals import StopSignals, stopping_between_batches
 from lifealign.runtime.tracking import Tracker
 from lifealign.stages import PreferenceStage, Stage, StageOptions, SupervisedStage
 from lifealign.strategies import Context, Run, State
@@ -54,10 +54,11 @@ Tensors = dict[str, torch.Tensor]
 class Midway:
     """What an interrupted stage goes on from, once it has begun again as it began then: its weights and all that moves them."""
 
-    steps: int  # taken
+    steps: int  # taken, or skipped
     batch_size: int  # pairs in each of them
     strategy: dict[str, Any]
     parts: dict[str, Tensors]  # adapter, added, optimizer, rng, strategy
+    skipped: int = 0  # of the steps
 
 
 @dataclass
@@ -129,6 +130,7 @@ class Lifelong:
         while self.position.task < len(self.plan):
             self._stop_if_asked()
             number, phase = self.position.task, self.position.phase
+            watchdog.here.say(f"task {self.plan[number].task.name}, {phase}")
             log.info("task %d of %d (%s): %s", number + 1, len(self.plan), self.plan[number].task.name, phase)
             if phase == PHASES[0]:
                 self.strategy.begin_task(self._context(number))
@@ -176,7 +178,7 @@ class Lifelong:
             self.policy, engine_config, partial(make_optimizer, options), partial(make_schedule, options, steps)
         ) as engine:
             if stage.name == "preference":
-                with self._timed("reference"):
+                with self._timed("reference"), stopping_between_batches(self._stop_if_asked):
                     self._ensure_reference(engine, pairs, context.task, log_it=midway is None)
             trainer = Trainer(
                 engine=engine,
@@ -191,12 +193,13 @@ class Lifelong:
                 asked_to_stop=lambda: self.signals.received is not None,
             )
             taken = 0 if midway is None else midway.steps
+            trainer.skipped = 0 if midway is None else midway.skipped
             trainer.between_steps = self._between_steps(trainer, taken)
             if midway is not None:
                 self._take_up_progress(engine, midway)
             with self._timed(stage.name):
                 self.steps += trainer.train(pairs, taken=taken)
-        with self._timed("consolidation"):
+        with self._timed("consolidation"), self._told():
             for record in self.strategy.end_stage(context):
                 self.tracker.log("consolidation", {"task": context.task.name, "stage": stage.name, **record})
 
@@ -261,7 +264,9 @@ class Lifelong:
         self.strategy.end_task(self._context(number))
         predictions: list[dict[str, Any]] = []
         scores: dict[str, dict[str, float]] = {}
-        with self._timed("evaluation"), inference_engine(self.policy, self.config.zero) as module:
+        # Nothing of it need be saved to stop within: this phase began with a checkpoint, and is begun again.
+        stopping = stopping_between_batches(self._stop_if_asked)
+        with self._timed("evaluation"), stopping, inference_engine(self.policy, self.config.zero) as module:
             for other, rows in experience.scores(len(self.tasks), forward=self.config.evaluation.forward):
                 on = self.tasks[other]
                 result = self.evaluator.evaluate(module, on)
@@ -324,7 +329,8 @@ class Lifelong:
             strategy=strategy.tensors,
         )
         batch_size = trainer.options.global_batch(trainer.stage.name, distributed.world_size())
-        self._write_checkpoint({"steps": steps, "batch_size": batch_size, "strategy": strategy.values}, parts)
+        midway = {"steps": steps, "batch_size": batch_size, "strategy": strategy.values, "skipped": trainer.skipped}
+        self._write_checkpoint(midway, parts)
 
     def _write_checkpoint(self, midway: Mapping[str, Any] | None = None, parts: Tensors | None = None) -> None:
         with self._writing():
@@ -344,13 +350,19 @@ class Lifelong:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Inside, rank 0 writes; where it cannot, all ranks end together. What ranks exchange there they exchange first."""
-        try:
+        with self._told():
+            with distributed.failing_together(OSError):
+                self.tracker.check()
             with distributed.failing_together(OSError, SafetensorError):
                 yield
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Inside, every rank meets the same errors of storage, which are told in a line."""
+        try:
+            yield
         except (OSError, SafetensorError) as error:
-            raise StorageFailed(
-                f"{self.folder}: cannot be written ({error}); the newest checkpoint stands, and the same command goes on"
-            ) from error
+            raise storage_failed(self.folder, error) from error
 
     def _restore(self) -> None:
         """Take up the newest checkpoint, where there is one."""

@@ -143,7 +143,7 @@ def _edit(given: argparse.Namespace, wanted: Sequence[tuple[str, float]]) -> Non
     from safetensors.torch import save_file
 
     from lifealign.memory.edit import edit, finished_adapters  # slow to import, as is what it needs
-    from lifealign.models.adapter import WEIGHTS
+    from lifealign.models.adapter import WEIGHTS, copy_adapter
 
     factors = dict(wanted)
     if len(factors) < len(wanted):
@@ -155,7 +155,7 @@ def _edit(given: argparse.Namespace, wanted: Sequence[tuple[str, float]]) -> Non
     edited = edit(given.run, factors)
     beside = given.to.with_name(given.to.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(finished_adapters(given.run)[-1], beside)
+    copy_adapter(finished_adapters(given.run)[-1], beside)
     save_file(edited.factors, beside / WEIGHTS, {"format": "pt"})
     made_of = [{**_identity(entry), "factor": factors.get(entry["task"], 1.0)} for entry in edited.entries]
     write_json(beside / "edit.json", {"run": given.run.resolve().name, "scaled": factors, "entries": made_of})

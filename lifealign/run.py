@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from lifealign import sweep
 from lifealign.config import Config, build, differences, resolved, run_name
 from lifealign.data.tasks import Task
-from lifealign.errors import UserError
+from lifealign.errors import UserError, storage_failed
 from lifealign.evaluation.report import write_report
 from lifealign.evaluation.samples import read_changes
 from lifealign.evaluation.scores import ScoreBook, closing_table
@@ -28,13 +28,14 @@ from lifealign.lifelong import Lifelong
 from lifealign.memory.bank import read_ledger
 from lifealign.memory.contributions import summarise
 from lifealign.runtime import checkpoint, distributed
-from lifealign.runtime.files import read_json_lines, write_json, write_text
+from lifealign.runtime.files import read_json_lines, read_yaml, write_json, write_text
 from lifealign.runtime.lock import locked
 from lifealign.runtime.options import Resume
 from lifealign.runtime.orphan import ends_with_launcher
 from lifealign.runtime.signals import StopSignals
 from lifealign.runtime.terminal import console, log_file
 from lifealign.runtime.tracking import Tracker
+from lifealign.runtime.watchdog import watched
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,12 @@ def train(composed: DictConfig) -> float | None:
     config = build(composed)
     distributed.start()
     settings = resolved(composed)
-    with StopSignals() as signals, ends_with_launcher(), run_directory(composed, config, settings) as folder:
+    with (
+        StopSignals() as signals,
+        ends_with_launcher(),
+        watched(config.runtime),
+        run_directory(composed, config, settings) as folder,
+    ):
         job, told = sweep.current(), settings
         if job is not None:
             job.run = folder
@@ -67,8 +73,11 @@ def train(composed: DictConfig) -> float | None:
             lifelong.run()
             lifelong.timing["total"] += time.perf_counter() - started
             if distributed.is_main():
-                report(lifelong, settings)
-                tracker.adapter(folder / "adapter")
+                try:
+                    report(lifelong, settings)
+                    tracker.adapter(folder / "adapter")
+                except OSError as error:
+                    raise storage_failed(folder, error) from error
                 console.print(closing_table(lifelong.book))
                 console.print(f"{folder}: adapter/, scores.json, report/index.html")
     return searched(config, lifelong.book)
@@ -127,7 +136,7 @@ def _prepare_directory(folder: Path, config: Config, settings: Mapping[str, Any]
         raise UserError(f"{link}: is a symbolic link; a run writes to folders of its own, so name the real one")
     held = folder / "config.yaml"
     if held.exists() and checkpoint.newest_folder(folder / "checkpoints") is not None:
-        changed = differences(yaml.safe_load(held.read_text()), dict(settings))
+        changed = differences(_read_settings(held), dict(settings))
         if changed and config.resume is not Resume.force:
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise UserError(
@@ -135,6 +144,13 @@ def _prepare_directory(folder: Path, config: Config, settings: Mapping[str, Any]
                 "another run.dir starts anew"
             )
     write_text(held, yaml.safe_dump(dict(settings), sort_keys=False))
+
+
+def _read_settings(held: Path) -> dict[str, Any]:
+    settings = read_yaml(held)
+    if not isinstance(settings, dict):
+        raise UserError(f"{held}: not what a run writes; take it from a copy of the run, or name another run.dir")
+    return settings
 
 
 def _next_free(folder: Path) -> Path:

@@ -28,6 +28,7 @@ class StageOptions:
     warmup_share: float = 0.1  # share of the steps in which the learning rate rises; then a cosine to 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    max_skipped_steps: int = 0  # steps of a task's stage that may be left out because their loss is no number
 
     def check(self, stage: str) -> None:
         """Raises UserError for a value out of range, under the key ``stage``."""
@@ -35,7 +36,7 @@ class StageOptions:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"{stage}.{key}={value}: must be at least 1")
-        for key in ("epochs", "lr", "weight_decay", "max_grad_norm"):
+        for key in ("epochs", "lr", "weight_decay", "max_grad_norm", "max_skipped_steps"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise UserError(f"{stage}.{key}={getattr(self, key)}: must be 0 or more, and finite")
         if not 0 <= self.warmup_share <= 1:

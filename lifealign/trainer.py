@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -17,10 +18,10 @@ from transformers import get_cosine_schedule_with_warmup
 
 from lifealign.data.batch import Batch, Extent, Row, collate, extent
 from lifealign.data.tokenize import Pair
-from lifealign.errors import TrainingDiverged
-from lifealign.runtime import distributed
-from lifealign.runtime.engine import read_gradients, step, write_gradients
-from lifealign.runtime.terminal import step_progress
+from lifealign.errors import TrainingDiverged, storage_failed
+from lifealign.runtime import distributed, watchdog
+from lifealign.runtime.engine import read_gradients, skip, step, write_gradients
+from lifealign.runtime.terminal import console, step_progress
 from lifealign.runtime.tracking import Tracker
 from lifealign.stages import Outcome, Stage, StageOptions
 from lifealign.strategies import Context, Seen, Strategy
@@ -91,7 +92,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.stopping = False  # some rank was asked to stop; the same on every rank
-        self._taken = 0  # steps of this stage
+        self.skipped = 0  # steps of this stage whose loss was no number
+        self._taken = 0  # steps of this stage, those included
         self._norm = torch.zeros((), device=distributed.device())  # of the last of them
         self._window = _Window()
         self._line: dict[str, float] | None = None  # of the last step, where it is logged: all but its gradient norm
@@ -119,6 +121,7 @@ class Trainer:
             progress.update(progress.task_ids[0], completed=taken)
             started = time.perf_counter()
             for number, batch in enumerate(collated, taken):
+                watchdog.here.say(f"task {self.context.task.name}, {self.stage.name}, step {number + 1}")
                 if self.between_steps is not None:
                     self.between_steps(number)
                 log_it = number % self.log_every == 0 or number + 1 == len(plan)
@@ -192,8 +195,9 @@ class Trainer:
 
         Raises:
             TrainingDiverged: this step's loss, or what the step before left, is not finite; this step is not taken.
+                With ``max_skipped_steps`` so many steps of a stage are left out instead, where it is their own loss.
         """
-        lr = self.engine.get_lr()[0]
+        lr, window = self.engine.get_lr()[0], self._window.copy()
         own_losses, pair_losses = [], []
         for turn, micro_batch in enumerate(batch.micro_batches, 1):
             own_loss, of_pairs = self._backward(micro_batch, batch)
@@ -202,7 +206,11 @@ class Trainer:
             if turn == len(batch.micro_batches):
                 loss, *sums = self._fetch(torch.stack(own_losses).sum(), *(self._window.sums() if steps is not None else ()))
                 if not math.isfinite(loss):
-                    self._check_finite({"loss": loss}, self._taken + 1, rows=_culprits(batch, own_losses, pair_losses))
+                    rows = _culprits(batch, own_losses, pair_losses)
+                    if self.skipped < self.options.max_skipped_steps:
+                        self._skip(loss, rows, window)
+                        return loss
+                    self._check_finite({"loss": loss}, self._taken + 1, rows=rows)
                 self._transform_gradients()
             norm = step(self.engine)
         assert norm is not None, "the last micro-batch of a step ends it"
@@ -212,6 +220,18 @@ class Trainer:
             self._line = {"stage_steps": steps, **self._window.means(sums), "lr": lr}
             self._window = _Window()
         return loss
+
+    def _skip(self, loss: float, rows: str, window: _Window) -> None:
+        """Leave out the step whose backward passes are done; its figures are dropped from those of the window."""
+        skip(self.engine)
+        self._taken, self.skipped, self._window = self._taken + 1, self.skipped + 1, window
+        where = {"step": self.steps_before + self._taken, "task": self.context.task.name, "stage": self.stage.name}
+        self.tracker.log("skipped", {**where, "stage_step": self._taken, "loss": loss, "skipped": self.skipped, "rows": rows})
+        line = (
+            f"step {self._taken} of the {self.stage.name} stage of task {self.context.task.name} is skipped: loss {loss}{rows}"
+        )
+        log.warning(line)
+        console.print(f"{line}; {self.skipped} of {self.options.max_skipped_steps}", markup=False, highlight=False)
 
     def _backward(self, micro_batch: MicroBatch, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Add a micro-batch's gradient; returns its part of the loss over the global batch, () float64, and the stage's
@@ -247,15 +267,19 @@ class Trainer:
         """Sums over ranks of scalars, as numbers: one exchange, and the one host synchronisation of a step.
 
         The gradient norm of the step before comes with them; with it that step is checked, and logged where it is to be. So
-        does whether any rank was asked to stop.
+        does whether any rank was asked to stop, and whether the lines of earlier steps could be written.
 
         Raises:
             TrainingDiverged: the norm, or a figure of the step's line, is not finite.
+            StorageFailed: a line could not be written.
         """
         own_norm = self._norm.double() / distributed.world_size()  # every rank knows the same norm
         asked = torch.full((), float(self.asked_to_stop()), dtype=torch.float64, device=distributed.device())
-        scalars = torch.stack([value.double() for value in (own_norm, asked, *values)])
-        norm, asked_ranks, *sums = distributed.sum_over_ranks(scalars).tolist()
+        broken = torch.full_like(asked, float(self.tracker.failure is not None))
+        scalars = torch.stack([value.double() for value in (own_norm, asked, broken, *values)])
+        norm, asked_ranks, broken_ranks, *sums = distributed.sum_over_ranks(scalars).tolist()
+        if broken_ranks:
+            raise storage_failed(self.tracker.folder, self.tracker.failure or OSError("rank 0 says why"))
         self.stopping = self.stopping or asked_ranks > 0
         line, self._line = self._line, None
         self._check_finite({"grad_norm": norm, **(line or {})}, self._taken, taken=True)
@@ -319,6 +343,12 @@ class _Window:
         self.figures: dict[str, torch.Tensor] = {}
         self.losses: list[float] = []  # a step each
         self.pairs = self.tokens = 0
+
+    def copy(self) -> _Window:
+        """The window as it is now; sums are replaced by what is added, and never changed."""
+        same = copy.copy(self)
+        same.terms, same.figures, same.losses = dict(self.terms), dict(self.figures), list(self.losses)
+        return same
 
     def add(self, terms: Mapping[str, torch.Tensor], outcome: Outcome, counted: int) -> None:
         """Take in a micro-batch: its shares of a step's terms, and the figures of its pairs where they count."""

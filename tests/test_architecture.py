@@ -18,7 +18,20 @@ from lifealign.registry import component
 
 LAYERS: list[tuple[str, ...]] = [
     ("launch",),
-    ("command", "run", "study", "rescore", "validate", "export", "comparison", "sweep", "cache_command", "memory_command"),
+    (
+        "command",
+        "run",
+        "study",
+        "rescore",
+        "validate",
+        "export",
+        "comparison",
+        "sweep",
+        "composition",
+        "cache_command",
+        "memory_command",
+        "supervise",
+    ),
     ("pretrain",),
     ("lifelong",),
     ("config",),

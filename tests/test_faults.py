@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -229,3 +230,39 @@ def test_nothing_is_left_of_two_ranks(victim: str, tmp_path: Path) -> None:
         assert "and saved" in said
     assert start(folder, *DEEPSPEED).wait(timeout=250) == 0
     assert len(list((folder / "tasks").iterdir())) == 2
+
+
+@SLOW
+def test_a_supervised_launch_tells_of_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    """Stock deepspeed exits 0 at once; supervised, the command ends when the ranks have saved, with their code."""
+    folder = tmp_path / "run"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    supervised = sys.executable, str(REPOSITORY / "launch" / "supervised.py"), *DEEPSPEED, "--master_port", str(port)
+    command = start(folder, *supervised)
+    wait_for_steps(folder, 8, command)
+    found = processes_of(folder)
+    assert (len(found["ranks"]), len(found["launcher"])) == (2, 1)
+    found["launcher"][0].kill()
+    said = command.communicate(timeout=60)[1]
+    assert command.returncode == 128 + signal.SIGTERM, said
+    assert "the launcher is gone" in said and "and saved" in said
+    assert not any(process.is_running() for process in found["ranks"])  # the command waited for them
+    with socket.socket() as again:
+        again.bind(("127.0.0.1", port))
+
+
+@pytest.mark.parametrize(
+    ("script", "code"), [("exit 3", 3), ("(sleep 0.2; exit 5) & exit 0", 5), ("exit 0", 0), ("kill -9 $$", 137)]
+)
+def test_a_supervised_command_ends_with_the_code_of_all_its_processes(script: str, code: int) -> None:
+    words = sys.executable, str(REPOSITORY / "launch" / "supervised.py"), "sh", "-c", script
+    assert subprocess.run(words, timeout=60).returncode == code
+
+
+def test_a_supervised_command_that_is_not_there() -> None:
+    words = sys.executable, str(REPOSITORY / "launch" / "supervised.py")
+    for more, told in (((), "give the command to start"), (("no-such-command",), "no-such-command: No such file")):
+        ended = subprocess.run([*words, *more], capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 2 and ended.stderr.startswith(f"error: {told}")

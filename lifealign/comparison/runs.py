@@ -105,7 +105,7 @@ def _read(folder: Path, name: str) -> Run:
         book = ScoreBook.from_json(read_json(folder / "scores.json"))
         settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         sequence = settings["sequence"]["name"]
-    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OSError, yaml.YAMLError) as error:
         what = " ".join(str(error).split())
         raise UserError(f"{folder}: scores.json or config.yaml is not what a run writes ({what}); leave it out") from error
     cell = Cell(sequence, name, ANY, SEED, folder, ())

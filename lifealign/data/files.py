@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from lifealign.data.hub import read_parquet
 from lifealign.data.rows import Rows
-from lifealign.data.turns import describe
-from lifealign.errors import UserError, did_you_mean
+from lifealign.data.turns import RowMistake, describe
+from lifealign.errors import UserError, did_you_mean, library_line
+
+MOST_EXPANDED, ANYWAY = 100, 64 << 20
+"""How many times its size a packed file may unpack to, and bytes that any may: text packs ten times, a bomb a thousand."""
 
 EXTENSIONS = (".json", ".jsonl", ".parquet", ".json.gz", ".jsonl.gz")
 
@@ -77,7 +82,7 @@ def _candidates(folder: Path, split: str) -> list[Path]:
 def _read_text(path: Path) -> str:
     try:
         raw = path.read_bytes()
-        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+        return (_decompressed(path, raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: not a gzip file ({error}); compress it again or drop the .gz") from error
     except UnicodeDecodeError as error:
@@ -86,10 +91,47 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def _decompressed(path: Path, raw: bytes) -> bytes:
+    most = max(ANYWAY, MOST_EXPANDED * len(raw))
+    with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise UserError(f"{path}: unpacks to more than {MOST_EXPANDED} times its size; give it unpacked, if that is right")
+    return content
+
+
+def _parsed(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        JSONDecodeError: it is none.
+        RowMistake: it is one that no row can be: a key that stands twice would be lost, what is nested a thousand times or has
+            a number of thousands of digits cannot be read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError as error:
+        raise RowMistake("it is nested too deeply") from error
+    except ValueError as error:
+        raise RowMistake(library_line(error)) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise RowMistake(f"an object has the key {twice[:40]!r} twice; keep one")
+    return found
+
+
 def _read_json(path: Path) -> list[Any]:
     text = _read_text(path)
     try:
-        value = json.loads(text)
+        value = _parsed(text)
+    except RowMistake as error:
+        raise UserError(f"{path}: {error}") from error
     except json.JSONDecodeError as error:
         fix = (
             f"; it looks like JSON Lines: rename it to {path.name.replace('.json', '.jsonl')}"
@@ -109,7 +151,9 @@ def _read_jsonl(path: Path) -> tuple[list[Any], list[int]]:
         if not line.strip():
             continue
         try:
-            items.append(json.loads(line))
+            items.append(_parsed(line))
+        except RowMistake as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from error
         lines.append(number)

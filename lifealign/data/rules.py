@@ -87,9 +87,20 @@ def _without(text: str) -> str:
 
 def _read(rows: Rows, position: int, columns: Columns) -> Draft:
     try:
-        return read_row(rows.items[position], columns)
+        draft = read_row(rows.items[position], columns)
+        _check_text(draft)
+        return draft
     except RowMistake as mistake:
         raise UserError(f"{rows.where(position)}: {mistake}") from None
+
+
+def _check_text(draft: Draft) -> None:
+    """JSON can hold half of a character, which no file and no tokenizer takes."""
+    for text in (draft.chosen, draft.rejected, *(turn["content"] for turn in draft.prompt)):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RowMistake(f"half of a surrogate pair, {text[error.start]!r}, stands alone; mend the text") from error
 
 
 def _finish(draft: Draft, id: str) -> Preference:

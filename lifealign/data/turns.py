@@ -39,9 +39,12 @@ def describe(value: Any) -> str:
     if isinstance(value, str):
         return f"the text {value[:40]!r}"
     if isinstance(value, Mapping):
-        return f"an object with the keys {', '.join(map(str, value)) or '(none)'}"
+        return f"an object with the keys {', '.join(map(str, value))[:200] or '(none)'}"
     if isinstance(value, Sequence):
-        return f"a list starting with {describe(value[0])}" if value else "an empty list"
+        if not value:
+            return "an empty list"
+        inner = value[0]  # of a list in a list no more is said: what is nested deeply would say it for ever
+        return f"a list starting with {'a list' if isinstance(inner, list) else describe(inner)}"
     return f"a {type(value).__name__}"
 
 

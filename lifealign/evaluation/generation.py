@@ -17,6 +17,7 @@ from lifealign.models.adapter import merged, read_added, read_factors
 from lifealign.models.loading import pad_token_id
 from lifealign.models.policy import Policy
 from lifealign.runtime import distributed
+from lifealign.runtime.signals import between_batches
 
 UNCHANGED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 """Samples are the policy's own; what is not said here is taken from the model's generation settings."""
@@ -98,6 +99,7 @@ def _answers(
     config = _config(policy, tokenizer, max_new_tokens, sampled=seed is not None)
     with merged(policy.model):  # measured to be faster: a decoded token pays for every small product of the adapter
         for start in range(0, len(buckets), world):
+            between_batches()
             number = min(start + distributed.rank(), len(buckets) - 1)
             bucket = buckets[number]
             with _seeded(None if seed is None else seed + number):

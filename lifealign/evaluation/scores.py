@@ -175,14 +175,17 @@ class ScoreBook:
         """The book that ``to_json`` wrote. The figures are not read: they follow from the matrices.
 
         Raises:
-            ValueError: a key is missing, or a matrix does not fit the tasks.
+            ValueError: a key is missing, or a matrix does not fit the tasks, or holds what is no score.
         """
         for key in ("tasks", "metrics"):
-            if key not in data:
+            if not isinstance(data, Mapping) or key not in data:
                 raise ValueError(f"scores: key {key!r} is missing")
-        book = cls(list(data["tasks"]))
-        for metric, entry in data["metrics"].items():
-            book._read_matrix(metric, entry["matrix"])
+        try:
+            book = cls([str(task) for task in data["tasks"]])
+            for metric, entry in data["metrics"].items():
+                book._read_matrix(metric, entry["matrix"])
+        except (TypeError, AttributeError, KeyError, OverflowError) as error:
+            raise ValueError(f"scores: not what a run writes ({error})") from error
         return book
 
     def extended(self, tasks: Sequence[str]) -> ScoreBook:

@@ -16,7 +16,7 @@ from lifealign.errors import UserError
 from lifealign.export.card import Subject, model_card
 from lifealign.export.reload import check_reload, take_probe
 from lifealign.memory.edit import finished_adapters, task_adapter
-from lifealign.models.adapter import ADDED
+from lifealign.models.adapter import ADDED, copy_adapter
 from lifealign.models.loading import load_tokenizer, resolve_path
 from lifealign.runtime import distributed
 from lifealign.runtime.files import replace_folder, write_text
@@ -81,8 +81,9 @@ def _write(folder: Path, adapter: Path, config: Config, *, merge: bool) -> None:
     """Weights and tokenizer. Merged weights are in the base's dtype: one rounding of what the adapter adds."""
     if merge:
         dtype = getattr(torch, config.model.dtype.value)
-        base = AutoModelForCausalLM.from_pretrained(resolve_path(config.model), dtype=dtype)
+        safe = {"trust_remote_code": config.model.trust_remote_code, "use_safetensors": True}
+        base = AutoModelForCausalLM.from_pretrained(resolve_path(config.model), dtype=dtype, **safe)
         PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().save_pretrained(folder)
     else:
-        shutil.copytree(adapter, folder, dirs_exist_ok=True)
+        copy_adapter(adapter, folder)
     load_tokenizer(config.model).save_pretrained(folder)

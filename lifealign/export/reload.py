@@ -82,7 +82,10 @@ def check_reload(folder: Path, probe: Probe, config: Config, *, merge: bool) -> 
     Raises:
         UserError: where tokens or log-probabilities differ, naming the difference.
     """
-    if _token_ids(AutoTokenizer.from_pretrained(folder), probe.turns) != probe.rows[:-1]:
+    if (
+        _token_ids(AutoTokenizer.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code), probe.turns)
+        != probe.rows[:-1]
+    ):
         raise UserError(f"the exported tokenizer gives other tokens than that of model.path={config.model.path}")
     found = _exported_logps(folder, config, probe.rows, merge=merge)
     worst = max(_distance([a], [b]) for a, b in zip(found, probe.wanted, strict=True))
@@ -141,13 +144,13 @@ def _policy_logps(adapter: Path, config: Config, rows: Sequence[list[int]]) -> t
 
 def _exported_logps(folder: Path, config: Config, rows: Sequence[list[int]], *, merge: bool) -> list[torch.Tensor]:
     """As whoever receives the folder loads it; merged weights in the dtype that they say they are in."""
-    dtype = getattr(torch, config.model.dtype.value)
+    dtype, safe = getattr(torch, config.model.dtype.value), {"trust_remote_code": config.model.trust_remote_code}
     if merge:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **safe)
         if model.dtype != dtype:
             raise UserError(f"the exported weights are {model.dtype}, the base is {dtype}; nothing was written")
     else:
-        base = AutoModelForCausalLM.from_pretrained(resolve_path(config.model), dtype=dtype)
+        base = AutoModelForCausalLM.from_pretrained(resolve_path(config.model), dtype=dtype, use_safetensors=True, **safe)
         model = PeftModel.from_pretrained(base, str(folder))
     return list(_logps(model.to(distributed.device()).eval(), rows))
 

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lifealign.errors import UserError
+from lifealign.errors import UserError, check_name
 from lifealign.runtime import distributed
 from lifealign.runtime.files import flush_folder, read_json, write_json
 
@@ -51,7 +51,12 @@ def _read_entries(folder: Path) -> list[Entry]:
             seal = _seal(entry, seal)
             if entry["seal"] != seal:
                 raise UserError(f"{ledger}: entry {entry['name']} is not what was written; take it from a copy of the run")
-    except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            check_name(f"{ledger}: name", entry["name"])  # of a folder: whoever seals it anew leads nobody elsewhere
+            if not isinstance(entry["hashes"]["details"], str):
+                raise TypeError("hashes")
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{ledger}: not a ledger ({error}); take it from a copy of the run") from error
     return entries
 
@@ -64,7 +69,11 @@ def _read_details(folder: Path, entry: Entry) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); take it from a copy of the run") from error
     if hashlib.sha256(content).hexdigest() != entry["hashes"]["details"]:
         raise UserError(f"{path}: is not what was written; take it from a copy of the run")
-    return json.loads(content)
+    try:
+        details = json.loads(content)
+        return {"tensors": dict(details["tensors"]), "factors": list(details["factors"])}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not the details of an entry ({error}); take it from a copy of the run") from error
 
 
 def read_update(folder: Path, entry: Entry, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 
 from lifealign.errors import UserError, did_you_mean
 from lifealign.memory.bank import Entry, read_ledger, read_update
 from lifealign.memory.consolidation import Space
 from lifealign.memory.contributions import tasks_of
 from lifealign.memory.product import LEFT, RIGHT, Product, best_adapter, scaled, spectral, total
-from lifealign.models.adapter import WEIGHTS, saved_name
+from lifealign.models.adapter import WEIGHTS, read_tensors, saved_name
 
 Tensors = dict[str, torch.Tensor]
 
@@ -73,7 +72,7 @@ def edit(run: Path, factors: Mapping[str, float]) -> Edited:
             raise UserError(f"{task}: no finished task of this name in {run}{did_you_mean(task, tasks_of(entries))}")
         if not math.isfinite(factor):
             raise UserError(f"{task}={factor}: give a number, such as 0.5")
-    held = load_file(finished[-1] / WEIGHTS)
+    held = read_tensors(finished[-1] / WEIGHTS)
     chosen = [entry for entry in entries if factors.get(entry["task"], 1.0) != 1.0]
     if not chosen:
         return Edited(entries, held, 0.0)

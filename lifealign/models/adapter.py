@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,15 +13,18 @@ import torch
 from peft import PeftModel
 from peft.tuners import lora
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lifealign.errors import UserError, library_line
 from lifealign.models.policy import Policy, gathered
 from lifealign.runtime import distributed
 from lifealign.runtime.files import replace_folder
 
 ADAPTER = "default"  # PEFT's name for an adapter that is given none
 WEIGHTS = "adapter_model.safetensors"  # the file of PEFT's layout with the factors
+CONFIG = "adapter_config.json"  # beside it: what they are
 ADDED = "added.safetensors"  # beside it: what a strategy trains that is not LoRA
 
 
@@ -113,12 +117,35 @@ def saved_name(name: str) -> str:
 
 
 def load_adapter(policy: Policy, folder: Path) -> None:
-    """Set the adapter to one that :func:`save_adapter` wrote. Call on every rank."""
-    saved = load_file(folder / WEIGHTS)
-    values = {name: saved[saved_name(name)] for name, _ in named_factors(policy.model)}
+    """Set the adapter to one that :func:`save_adapter` wrote. Call on every rank.
+
+    Raises:
+        UserError: where it is not one of this policy's.
+    """
+    saved = read_tensors(folder / WEIGHTS)
+    values = {name: saved.get(saved_name(name)) for name, _ in named_factors(policy.model)}
+    shapes = {name: value.shape for name, value in values.items() if value is not None}
+    if shapes != factor_shapes(policy.model):
+        raise UserError(f"{folder / WEIGHTS}: holds another adapter than the run's; take it from a copy of the run")
     write_factors(policy.model, values, dict.fromkeys(values, 0))
     if policy.added:
-        write_added(policy, load_file(folder / ADDED))
+        write_added(policy, read_tensors(folder / ADDED))
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file. Raises UserError where it is none, whatever else it is: nothing else is opened."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({library_line(error)}); take it from a copy") from error
+
+
+def copy_adapter(folder: Path, to: Path) -> None:
+    """What :func:`save_adapter` wrote, and nothing that has come to lie beside it."""
+    to.mkdir(parents=True, exist_ok=True)
+    for name in (WEIGHTS, CONFIG, ADDED):
+        if name != ADDED or (folder / ADDED).exists():
+            shutil.copyfile(folder / name, to / name)
 
 
 def read_added(policy: Policy) -> dict[str, torch.Tensor]:

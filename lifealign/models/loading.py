@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import HfDeepSpeedConfig
 
 from lifealign.assets import TINY_MODEL
 from lifealign.errors import UserError, did_you_mean
 from lifealign.models.options import LoraOptions, ModelOptions
+from lifealign.runtime.terminal import console
 
 log = logging.getLogger(__name__)
+
+REPEATED = re.compile(r"layer|block|expert")
+MOST_REPEATED, LARGEST_NUMBER = 1_000, 1 << 31
+"""How many of its parts a model may be said to have, and the largest number otherwise: several times what any is known to have.
+What is said to be larger would be built for hours, or until memory ends."""
 
 
 def resolve_path(options: ModelOptions) -> str:
@@ -35,11 +50,12 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     Raises:
         UserError: where it cannot be loaded, or lacks a chat template or an end-of-sequence token.
     """
+    check_model_config(options)  # which the library reads to find out which tokenizer it is
     path = resolve_path(options)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.path={options.path}: no tokenizer could be loaded ({_first_line(error)})") from error
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # of a folder that holds anything: the library raises a dozen classes
+        raise UserError(f"model.path={options.path}: no tokenizer could be loaded ({_reason(error)})") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without tokenizer files
         raise UserError(f"model.path={options.path}: it holds no tokenizer; save the model's own beside the weights")
     if not tokenizer.chat_template:
@@ -57,22 +73,83 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
+def check_model_config(options: ModelOptions) -> None:
+    """Look at the base's ``config.json`` before any library makes of it what it says.
+
+    Raises:
+        UserError: where it cannot be read, speaks of sizes that no model has, or asks for code that is not here.
+    """
+    try:
+        values, _ = PretrainedConfig.get_config_dict(resolve_path(options))
+        numbers = dict(_numbers(values))
+    except UserError:
+        raise
+    except Exception as error:  # of a folder that holds anything: the libraries raise a dozen classes
+        raise UserError(f"model.path={options.path}: no causal language model could be loaded ({_reason(error)})") from error
+    for name, value in numbers.items():
+        if abs(value) > (MOST_REPEATED if REPEATED.search(name) else LARGEST_NUMBER):
+            raise UserError(f"model.path={options.path}: its config.json says {name}={value}; no model has that")
+    attention = next((str(value) for name, value in values.items() if name.endswith("attn_implementation")), "")
+    if "/" in attention and not options.trust_remote_code:  # the library would fetch it, and run it
+        raise UserError(f"model.path={options.path}: its config.json asks for attention from {attention}; take that out")
+
+
+def make_skeleton(options: ModelOptions) -> PreTrainedModel:
+    """The base as its configuration says it is, with new weights; under ``torch.device("meta")`` with none.
+
+    Raises:
+        UserError: as :func:`load_base`.
+    """
+    check_model_config(options)
+    trust = options.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(resolve_path(options), trust_remote_code=trust)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    except Exception as error:  # as above
+        raise UserError(f"model.path={options.path}: no causal language model could be made ({_reason(error)})") from error
+
+
+def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Every whole number of a configuration, by its key; parts of a model have configurations within."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value)
+        elif isinstance(value, int):
+            yield name, value
+
+
 def load_base(options: ModelOptions, deepspeed_config: dict[str, Any]) -> PreTrainedModel:
     """The frozen base. Under ZeRO-3 each weight is partitioned as it is read and never stands whole on every rank.
 
-    ``trust_remote_code`` stays off: a model that needs code of its own is refused.
+    Weights are read from safetensors only: the other format that such folders hold can carry code. Code that comes with a
+    model is run where ``model.trust_remote_code`` says so, and a line says that it is.
+
+    Raises:
+        UserError: where there is no such model, or its weights are not those of its configuration, all of them.
     """
+    check_model_config(options)
+    if options.trust_remote_code:
+        log.warning("model.trust_remote_code=true: code that comes with %s may run", options.path)
+        console.print(f"model.trust_remote_code=true: code that comes with {options.path} may run", markup=False)
     # transformers looks for this object while it loads, and drops it again with the last reference.
     zero3 = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config["zero_optimization"]["stage"] == 3 else None
     try:
         # The attention implementation is transformers' choice, SDPA where the architecture has it; choose_layout looks
         # at what it does.
-        model = AutoModelForCausalLM.from_pretrained(resolve_path(options), dtype=getattr(torch, options.dtype.value))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"model.path={options.path}: no causal language model could be loaded ({_first_line(error)})"
-        ) from error
+        model, found = AutoModelForCausalLM.from_pretrained(
+            resolve_path(options),
+            dtype=getattr(torch, options.dtype.value),
+            trust_remote_code=options.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # as above
+        raise UserError(f"model.path={options.path}: no causal language model could be loaded ({_reason(error)})") from error
     del zero3
+    missing = sorted({*found["missing_keys"], *(str(name) for name, *_ in found["mismatched_keys"])})
+    if missing:  # the library would make them up
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"model.path={options.path}: its files lack the weights {missing[0]}{more}; take it from where it came")
     model.requires_grad_(False)
     model.config.use_cache = False
     return model
@@ -115,5 +192,13 @@ def enable_gradient_checkpointing(model: PeftModel, *, zero_stage: int) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": zero_stage == 3})
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _reason(error: Exception) -> str:
+    """What a library says of a folder, in one line; where it speaks of code, what to do about that."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "trust_remote_code" in str(error) or "custom code" in text:
+        return "it needs code that comes with it, which is run with model.trust_remote_code=true alone: read that code first"
+    if "ignore_mismatched_sizes" in text:
+        return "its weights have other shapes than its config.json says"
+    if "no file named" in text:
+        return f"{text}; weights are read from safetensors alone, so save them as such"
+    return text

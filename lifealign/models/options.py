@@ -48,6 +48,7 @@ class ModelOptions:
     dtype: BaseDtype = BaseDtype.float32
     row_layout: RowLayout = RowLayout.auto
     gradient_checkpointing: bool = False  # recompute activations in backward: slower, and far less memory
+    trust_remote_code: bool = False  # run code that comes with the model; a line says so
     lora: LoraOptions = field(default_factory=LoraOptions)
 
 

@@ -17,6 +17,7 @@ from lifealign.models.options import CacheOptions
 from lifealign.models.policy import Policy
 from lifealign.models.reference_cache import ReferenceCache, reference_folder
 from lifealign.runtime import distributed
+from lifealign.runtime.signals import between_batches
 
 
 def pair_row(pair: Pair) -> Row:
@@ -43,6 +44,7 @@ def score_pairs(
     module.eval()
     mine: list[tuple[list[int], torch.Tensor]] = []
     for start in range(0, len(buckets), world):
+        between_batches()
         number = start + distributed.rank()
         bucket = buckets[min(number, len(buckets) - 1)]  # a rank without work repeats the last batch and drops it
         batch = collate([rows[i] for i in bucket], layout=policy.layout, pad_token_id=pad_token_id)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lifealign.errors import UserError
@@ -97,9 +98,13 @@ def _problem(path: Path) -> str | None:
         for file in (STATE, TENSORS):
             if _seal(path / file) != manifest[file]:
                 return f"{file} is not what was written"
+        with safe_open(path / TENSORS, "pt"):  # sealed by whoever wrote it, it may still be no file of tensors
+            json.loads((path / STATE).read_bytes())
+    except SafetensorError:
+        return f"{TENSORS} holds no tensors"
     except OSError as error:
         return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"{MANIFEST} is not what was written"
     return None
 

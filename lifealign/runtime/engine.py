@@ -9,6 +9,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
 from torch import nn
 
@@ -114,6 +115,33 @@ def step(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor | None:
     if isinstance(norm, torch.Tensor):
         return norm.to(distributed.device())
     return torch.full((), norm, dtype=torch.float64, device=distributed.device())  # filled there: nothing is copied
+
+
+def skip(engine: deepspeed.DeepSpeedEngine) -> None:
+    """End a step whose gradients are not to be used: schedule and counts go on, weights and moments stay as they are."""
+    usual = engine.optimizer.step
+    engine.optimizer.step = lambda *_, **__: _drop_gradients(engine)
+    try:
+        engine.step()
+    finally:
+        engine.optimizer.step = usual
+
+
+def _drop_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
+    """What DeepSpeed's own optimisers do, beside stepping, before the next backward pass; stage 0 needs nothing."""
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
+        return
+    if stage == 3:
+        zero._pre_step()
+        zero._partition_all_parameters()
+    else:
+        zero.micro_step_id = INITIAL_MICRO_STEP_ID
+    zero.overflow = False
+    zero.zero_grad(set_to_none=True)
+    zero.averaged_gradients = {}
+    if getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False):
+        zero.reset_cpu_buffers()
 
 
 def read_gradients(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:

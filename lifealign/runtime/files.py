@@ -8,6 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from lifealign.errors import UserError, library_line, yaml_line
+
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write beside, flush to disk, rename over."""
@@ -40,6 +44,18 @@ def read_json(path: Path) -> Any:
 
 def read_json_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain values. Raises UserError where it cannot be read, or has more than those: a tag that would call something."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(yaml_line(error, str(path))) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    except (ValueError, TypeError, RecursionError) as error:  # a date that is none, a key that cannot be one, nesting
+        raise UserError(f"{path}: not YAML of plain values ({library_line(error)})") from error
 
 
 def flush_folder(folder: Path) -> None:

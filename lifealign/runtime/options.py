@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib.util import find_spec
@@ -35,6 +36,20 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.name is not None:
             check_name("run.name", self.name)
+
+
+@dataclass
+class RuntimeOptions:
+    """``runtime.*``: when several ranks give up on one of them. In seconds; None: never."""
+
+    silence_timeout: float | None = 60.0  # without a sign of life: stopped, gone, or behind a cut link
+    hang_timeout: float | None = 1200.0  # in which a rank that is alive has held the others up; below the process group's 1800
+
+    def __post_init__(self) -> None:
+        for key in ("silence_timeout", "hang_timeout"):
+            value = getattr(self, key)
+            if value is not None and not 5 <= value < math.inf:
+                raise UserError(f"runtime.{key}={value}: must be at least 5 seconds; null switches it off")
 
 
 @dataclass

@@ -5,12 +5,38 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType, TracebackType
+
+from lifealign.runtime.watchdog import here
 
 ASKING = (signal.SIGTERM, signal.SIGINT)
 
 AGAIN_SECONDS = 5.0
 """Signals within this time are one request: launchers send several at once."""
+
+
+_check: ContextVar[Callable[[], object] | None] = ContextVar("check", default=None)
+
+
+@contextmanager
+def stopping_between_batches(check: Callable[[], object]) -> Iterator[None]:
+    """Inside, ``check`` is called before every batch that is scored or generated, on every rank; it may raise."""
+    token = _check.set(check)
+    try:
+        yield
+    finally:
+        _check.reset(token)
+
+
+def between_batches() -> None:
+    """Whoever works through batches calls this before each, on every rank equally often: a run may be stopped there."""
+    here.tick()
+    check = _check.get()
+    if check is not None:
+        check()
 
 
 class StopSignals:

@@ -39,6 +39,7 @@ def log_file(folder: Path) -> Iterator[None]:
     root = logging.getLogger()
     handler: logging.Handler = logging.NullHandler()
     if distributed.is_main():
+        logging.raiseExceptions = False  # a line that a full disk does not take is lost: no traceback for each
         handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         warnings.simplefilter("default")

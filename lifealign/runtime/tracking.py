@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from errno import ENOENT
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from lifealign.runtime import distributed
 from lifealign.runtime.files import read_json_lines
@@ -19,11 +22,13 @@ class Tracker:
     """Appends rows to ``metrics.jsonl`` and tells the chosen sinks; does nothing on ranks other than 0."""
 
     def __init__(self, options: TrackingOptions, folder: Path, config: Mapping[str, Any]) -> None:
-        self._file = None
+        self._file: TextIO | None = None
+        self.folder = folder
         self._sinks: list[Sink] = []
         self._step = 0  # of the last row of kind "step"
         self._factors: list[Row] = []  # consolidated so far, of the stage that is being consolidated
         self._log_adapter = options.log_adapter
+        self.failure: OSError | None = None  # the first that was met in writing; rank 0 goes on until all ranks learn of it
         if not distributed.is_main():
             return
         self._path = folder / "metrics.jsonl"
@@ -38,13 +43,27 @@ class Tracker:
     def log(self, kind: str, values: Mapping[str, Any]) -> None:
         """Write one row; ``kind`` says what it describes: "step", "consolidation", "evaluation".
 
-        A number that is not finite becomes null: JSON has no other way to say it.
+        A number that is not finite becomes null: JSON has no other way to say it. What cannot be written is told by
+        :meth:`check`, which all ranks come to: one that stopped here would leave the others waiting.
         """
-        if self._file is None:
+        if self._file is None or self.failure is not None:
             return
+        try:
+            self._write(self._file, kind, values)
+        except OSError as error:
+            self.failure = error
+
+    def check(self) -> None:
+        """Raises OSError where a row could not be written, or the file that rows go to is no longer in the run directory."""
+        if self.failure is not None:
+            raise self.failure
+        if self._file is not None and not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
+            raise FileNotFoundError(ENOENT, "replaced while the run wrote to it", str(self._path))
+
+    def _write(self, file: TextIO, kind: str, values: Mapping[str, Any]) -> None:
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         row: dict[str, Any] = {"kind": kind, **plain}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        file.write(json.dumps(row, allow_nan=False) + "\n")
         if kind == "consolidation":
             self._factors.append(row)
             return
@@ -99,9 +118,11 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._tell_consolidated()
+        with suppress(OSError):  # of a disk that is full, which was told before
+            self._tell_consolidated()
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
         for sink in self._sinks:
             sink.close(failed=error is not None)
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lifealign.config import Config
 from lifealign.data.tasks import Task
 from lifealign.memory import Space
 from lifealign.models.adapter import factor_shapes
-from lifealign.models.loading import attach_lora, resolve_path
+from lifealign.models.loading import attach_lora, make_skeleton
 from lifealign.runtime import distributed
 from lifealign.strategies.lifealign import LifeAlign
 from lifealign.validate.work import TaskWork
@@ -46,7 +46,7 @@ class Estimate:
 def estimate(config: Config, tasks: Sequence[Task], work: Sequence[TaskWork], ranks: int) -> Estimate:
     """From shapes, and one short measurement of this machine."""
     with torch.device("meta"):  # shapes alone; weights that are tied stay one
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve_path(config.model)))
+        skeleton = make_skeleton(config.model)
         base = sum(p.numel() for p in skeleton.parameters())
         body = base - sum(p.numel() for p in {*_embeddings(skeleton)})
         model = attach_lora(skeleton, config.strategy.lora(config.model.lora, len(tasks)), seed=config.seed)

@@ -29,11 +29,12 @@ class LocalJudge:
     def __init__(self, path: str) -> None:
         device = distributed.device()
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             self._special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
             dtype = torch.float32 if device.type == "cpu" else "auto"
-            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-        except (OSError, ValueError, KeyError) as error:
+            safe = {"trust_remote_code": False, "use_safetensors": True}  # neither its code nor pickled weights
+            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **safe).to(device).eval()
+        except Exception as error:  # of a folder that holds anything: the library raises a dozen classes
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"evaluation.judge.local={path}: no judge could be loaded ({reason})") from error
 
