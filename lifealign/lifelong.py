@@ -92,6 +92,7 @@ class Lifelong:
     ) -> None:
         self.config, self.folder, self.tracker, self.signals = config, folder, tracker, signals or StopSignals()
         self.timing: dict[str, float] = defaultdict(float)
+        self._timed_inside = 0.0  # seconds of parts that have ended within the part that is being timed
         with self._timed("loading"):
             self.tokenizer = load_tokenizer(config.model)
             self.tasks = load_tasks(config.sequence, config.data, self.tokenizer, SIX_DOMAINS)
@@ -126,7 +127,8 @@ class Lifelong:
         Raises:
             Interrupted: on every rank, once all that was done is saved, where any rank received a signal that asks for it.
         """
-        self._restore()
+        with self._timed("resuming"):
+            self._restore()
         while self.position.task < len(self.plan):
             self._stop_if_asked()
             number, phase = self.position.task, self.position.phase
@@ -366,7 +368,8 @@ class Lifelong:
         self.position = Position(state["task"], state["phase"])
         self.steps = state["steps"]
         self.book = self._extended(ScoreBook.from_json(state["scores"]))
-        self.timing.update(state["timing"])
+        for part, seconds in state["timing"].items():
+            self.timing[part] += seconds
         self._check_weights(parts["adapter"], parts["added"])
         write_factors(self.policy.model, parts["adapter"], dict.fromkeys(parts["adapter"], 0))
         write_added(self.policy, parts["added"])
@@ -441,11 +444,15 @@ class Lifelong:
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
-        started = time.perf_counter()
+        """Add the seconds inside to those of a part of the run; less what is timed there as another part, such as a
+        checkpoint within a stage, so that all parts add up."""
+        started, outside, self._timed_inside = time.perf_counter(), self._timed_inside, 0.0
         try:
             yield
         finally:
-            self.timing[what] += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self.timing[what] += seconds - self._timed_inside
+            self._timed_inside = outside + seconds
 
 
 def make_evaluator(config: Config, policy: Policy, reference: ReferenceLogps, tokenizer: PreTrainedTokenizerBase) -> Evaluator:

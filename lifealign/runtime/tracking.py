@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -80,9 +81,10 @@ class Tracker:
             sink.artifact("adapter", folder)
 
     def position(self) -> int:
-        """Length of ``metrics.jsonl`` in bytes, to go back to. Rank 0 only."""
+        """Length of ``metrics.jsonl`` in bytes, to go back to: so much of it is on disk. Rank 0 only."""
         assert self._file is not None
         self._file.flush()
+        os.fsync(self._file.fileno())
         return self._file.tell()
 
     def rewind(self, position: int) -> None:
