@@ -7,7 +7,8 @@
 Kills are SIGKILLs: of one process (with --ranks 2 of one of the two ranks), at a random moment within a step, saving,
 consolidation, evaluation, closing of a task, the start of the next, or resuming (tests/doomed.py), or at a random moment
 after the start, whatever is going on. After each the same command is given again. With --corrupt, a random file of the
-newest checkpoint or of the memory is cut, deleted, or a bit of it turned, between kills.
+newest checkpoint or of the memory is cut, deleted, or a bit of it turned, between kills. With --forked, ranks are copies of
+this process, started and ended by it as deepspeed's launcher does.
 
 At the end the run must not differ in a bit from one that nothing happened to: adapters of all tasks, memory, scores,
 predictions, logged figures. With --ranks any, where sums round differently, the adapter's distance is held to a thousandth
@@ -17,12 +18,11 @@ of its norm.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,14 +33,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from support import REPOSITORY, environment
-
-import psutil  # isort: skip
 from endings import differences, distance, weights
+from launches import Command, Forked, Launch
+from support import REPOSITORY
 
 from lifealign.runtime.checkpoint import DAMAGED, newest_folder
 
-DOOMED = str(REPOSITORY / "tests" / "doomed.py")
+DOOMED = REPOSITORY / "tests" / "doomed.py"
 SETTINGS = (
     "+sequence=six_domains",
     "data.max_train=48",
@@ -63,6 +62,11 @@ GONE = 60.0
 CLOSE = 1e-3
 
 Line = dict[str, Any]
+Seconds = dict[int, dict[str, float]]
+"""How long places take, by rank and place."""
+
+SPARED: Line = {"place": "step", "rank": -1}
+"""A launch that is not to kill itself."""
 
 
 class Failed(Exception):
@@ -93,31 +97,23 @@ class Run:
         return int(self.newest()[:5] or 0)
 
 
-def start(run: Run, ranks: int, doom: Line) -> subprocess.Popen[bytes]:
+def start(run: Run, how: type[Launch], ranks: int, doom: Line) -> Launch:
     """The same command, whatever has happened."""
-    python = (sys.executable,)
-    port = 20000 + os.getpid() % 20000
-    launcher = (*python, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port))
-    words = [*(launcher if ranks == 2 else python), DOOMED, *SETTINGS, f"run.dir={run.folder}"]
-    output = open(run.log.with_suffix(".out"), "ab")  # noqa: SIM115  the process's own
-    names = {**environment(), "OMP_NUM_THREADS": "1", "DOOM": json.dumps({**doom, "log": str(run.log)})}
-    return subprocess.Popen(words, stdout=output, stderr=output, env=names, start_new_session=True)
+    names = {"OMP_NUM_THREADS": "1", "DOOM": json.dumps({**doom, "log": str(run.log)})}
+    launch = how(DOOMED, SETTINGS, f"run.dir={run.folder}", ranks, names, run.log.with_suffix(".out"))
+    atexit.register(launch.end)
+    return launch
 
 
-def processes(run: Run) -> list[psutil.Process]:
-    """Every process that works on a run: ranks and launchers."""
-    return [p for p in psutil.process_iter(["cmdline"]) if f"run.dir={run.folder}" in (p.info["cmdline"] or ())]
-
-
-def finish(run: Run, process: subprocess.Popen[bytes]) -> int:
+def finish(run: Run, launch: Launch) -> int:
     """Wait for a launch to end, and for all that it started; returns its exit code."""
     try:
-        code = process.wait(LONGEST)
-    except subprocess.TimeoutExpired as error:
+        code = launch.wait(LONGEST)
+    except TimeoutError as error:
         raise Failed(f"{run.folder}: still there after {LONGEST:.0f} s") from error
-    _, alive = psutil.wait_procs(processes(run), timeout=GONE)
-    if alive:
-        raise Failed(f"{run.folder}: {len(alive)} processes left {GONE:.0f} s after the command has ended")
+    if left := launch.left(GONE):
+        raise Failed(f"{run.folder}: {left} processes are left {GONE:.0f} s after the command has ended")
+    atexit.unregister(launch.end)
     return code
 
 
@@ -134,21 +130,21 @@ def choose(dice: random.Random, run: Run, kills: int) -> Line:
     return {"place": place, "call": dice.randint(1, most), "share": dice.random()}
 
 
-def kill_once(run: Run, ranks: int, dice: random.Random, choice: Line, seconds: dict[int, dict[str, float]]) -> bool:
+def kill_once(run: Run, how: type[Launch], ranks: int, dice: random.Random, choice: Line, seconds: Seconds) -> bool:
     """Start the run and have it killed; False where it came to its end before that."""
     before, began = run.newest(), time.monotonic()
     rank = 0 if ranks == 1 or (choice["place"] == "saving" and dice.random() < 0.7) else dice.randrange(ranks)
     told = {"what": "kill", "place": choice["place"], "rank": rank, "ranks": ranks, "from": before}
     if choice["place"] == "anywhere":
-        process = start(run, ranks, {**told, "place": "step", "rank": -1, "call": 0, "after": 0.0})
-        struck = _kill_after(run, process, rank, choice["share"] * 1.5 * seconds[rank]["start"])
+        launch = start(run, how, ranks, SPARED)
+        struck = _kill_after(launch, rank, choice["share"] * 1.5 * seconds[rank]["start"])
         if struck:
             run.add(told)
-        code = finish(run, process)
+        code = finish(run, launch)
     else:
         known = len(run.lines())
         after = choice["share"] * seconds[rank][choice["place"]]
-        code = finish(run, start(run, ranks, {**told, "call": choice["call"], "after": after}))
+        code = finish(run, start(run, how, ranks, {**told, "call": choice["call"], "after": after}))
         struck = len(run.lines()) > known
     if not struck and code != 0:
         raise Failed(f"{run.folder}: ended with {code} by itself; {run.log.with_suffix('.out')} says why")
@@ -161,17 +157,14 @@ def kill_once(run: Run, ranks: int, dice: random.Random, choice: Line, seconds: 
     return struck
 
 
-def _kill_after(run: Run, process: subprocess.Popen[bytes], rank: int, seconds: float) -> bool:
-    """SIGKILL for the process of a rank so long after the start, or for the command where it has no ranks yet; False where it
-    has ended before."""
+def _kill_after(launch: Launch, rank: int, seconds: float) -> bool:
+    """SIGKILL for a rank so long after the start; False where all has ended before."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline:
+        if launch.is_over():
+            return False
         time.sleep(0.005)
-    own = [p for p in processes(run) if DOOMED in p.cmdline() and "deepspeed.launcher" not in " ".join(p.cmdline())]
-    if process.poll() is not None:
-        return False
-    victims = sorted(own, key=lambda p: p.pid) or [process]
-    victims[min(rank, len(victims) - 1)].kill()
+    launch.kill(rank)
     return True
 
 
@@ -197,7 +190,7 @@ def corrupt(run: Run, dice: random.Random) -> None:
     run.add({"what": "damage", "file": str(file.relative_to(run.folder)), "how": how})
 
 
-def left_in_peace(folder: Path, ranks: int) -> tuple[Path, dict[int, dict[str, float]]]:
+def left_in_peace(folder: Path, how: type[Launch], ranks: int) -> tuple[Path, Seconds]:
     """A run that nothing happens to, and how long its places take: the median by rank; ``start`` is all of its first step."""
     run = Run(folder / f"whole-{ranks}" / "run", folder / f"whole-{ranks}" / "log")
     done = run.log.parent / "seconds.json"
@@ -205,12 +198,12 @@ def left_in_peace(folder: Path, ranks: int) -> tuple[Path, dict[int, dict[str, f
         shutil.rmtree(run.log.parent, ignore_errors=True)
         run.log.parent.mkdir(parents=True)
         began = time.monotonic()
-        process, first = start(run, ranks, {}), None
-        while first is None and process.poll() is None:
+        launch, first = start(run, how, ranks, {}), None
+        while first is None and not launch.is_over():
             time.sleep(0.05)
             logged = run.folder / "metrics.jsonl"
             first = time.monotonic() - began if logged.exists() and '"step"' in logged.read_text() else None
-        if finish(run, process) != 0:
+        if finish(run, launch) != 0:
             raise Failed(f"{run.folder}: the run without kills failed; {run.log.with_suffix('.out')} says why")
         seconds = {}
         for rank in range(ranks):
@@ -221,24 +214,24 @@ def left_in_peace(folder: Path, ranks: int) -> tuple[Path, dict[int, dict[str, f
     return run.folder, {rank: read[str(rank)] for rank in range(ranks)}
 
 
-def soak(folder: Path, name: str, *, kills: int, ranks: str, seed: int, corruption: float) -> Line:
+def soak(folder: Path, name: str, how: type[Launch], *, kills: int, ranks: str, seed: int, corruption: float) -> Line:
     """One run to its end; returns what came of it."""
     run = Run(folder / name / "run", folder / name / "kills.jsonl")
     run.log.parent.mkdir(parents=True, exist_ok=True)
     fixed = int(ranks) if ranks != "any" else None
-    known = {number: left_in_peace(folder, number) for number in ((fixed,) if fixed else (1, 2))}
+    known = {number: left_in_peace(folder, how, number) for number in ((fixed,) if fixed else (1, 2))}
     done = sum(line["what"] == "kill" for line in run.lines())
     while done < kills:
         dice = random.Random(f"{seed}/{name}/{len(run.lines())}")
         if dice.random() < corruption:
             corrupt(run, dice)
         own = fixed or dice.choice((1, 2))
-        if not kill_once(run, own, dice, choose(dice, run, kills), known[own][1]):
+        if not kill_once(run, how, own, dice, choose(dice, run, kills), known[own][1]):
             break
         done += 1
         print(f"{name}: kill {done} of {kills}, {run.lines()[-2]['place']}, at {run.newest()}", flush=True)
     own = fixed or 1
-    code = finish(run, start(run, own, {"place": "step", "rank": -1, "call": 0, "after": 0.0}))
+    code = finish(run, start(run, how, own, SPARED))
     if code != 0:
         raise Failed(f"{run.folder}: ended with {code}; {run.log.with_suffix('.out')} says why")
     whole = known[own][0]
@@ -274,10 +267,13 @@ def main() -> int:
     parser.add_argument("--kills", type=int, help="one run, killed exactly so often")
     parser.add_argument("--ranks", choices=("1", "2", "any", "random"), default="random", help="random: one of these a run")
     parser.add_argument("--corrupt", type=float, default=0.2, help="probability of damage before a launch")
+    parser.add_argument("--forked", action="store_true", help="fork ranks instead of starting commands: a start takes a tenth")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--to", type=Path, help="for runs and logs; else a temporary folder, removed when all is well")
     args = parser.parse_args()
     folder = args.to or Path(tempfile.mkdtemp(prefix="soak-"))
+    how: type[Launch] = Forked if args.forked else Command
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no launch outlives this process
     deadline, number = time.monotonic() + 60 * args.minutes, 0
     try:
         while number == 0 or (args.kills is None and time.monotonic() < deadline):
@@ -285,7 +281,7 @@ def main() -> int:
             ranks = dice.choice(("1", "2", "any")) if args.ranks == "random" else args.ranks
             name, kills = f"run-{number}-ranks-{ranks}", args.kills or dice.randint(5, 15)
             print(f"{datetime.now(timezone.utc):%H:%M:%S} {name}: {kills} kills", flush=True)
-            came = soak(folder, name, kills=kills, ranks=ranks, seed=args.seed, corruption=args.corrupt)
+            came = soak(folder, name, how, kills=kills, ranks=ranks, seed=args.seed, corruption=args.corrupt)
             print(f"{datetime.now(timezone.utc):%H:%M:%S} {name}: {came}", flush=True)
             print(summary(Run(Path(), folder / name / "kills.jsonl").lines()), flush=True)
             if args.kills is not None and came["kills"] < args.kills:

@@ -25,6 +25,8 @@ from support import command, train_here
 from lifealign.command import without_local_rank
 from lifealign.errors import UserError
 from lifealign.lifelong import Lifelong
+from lifealign.memory import MemoryBank
+from lifealign.memory.bank import read_ledger
 from lifealign.runtime import checkpoint, distributed
 from lifealign.runtime.checkpoint import NAME, Checkpoint, Finding
 from lifealign.runtime.files import file_seal, write_json
@@ -147,6 +149,13 @@ def test_a_manifest_leads_nowhere_else(files: dict[str, Any], tmp_path: Path) ->
     assert checkpoint._look_at(path).problem == "manifest.json is not what was written"
 
 
+def test_a_manifest_that_names_no_possible_file(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    seals = {**checkpoint._read_seals(path), "memory/\0": {"bytes": 1, "sha256": "0" * 64}}
+    write_json(path / "manifest.json", checkpoint._manifest(seals))
+    assert "nor is its copy" in str(checkpoint._look_at(path).problem)
+
+
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 SETTINGS = (
@@ -263,6 +272,35 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = sorted(path.name for path in (folder / "checkpoints").iterdir() if NAME.fullmatch(path.name))
     assert names[-2:] == [BEFORE, NEWEST]
     return folder
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "adapter/adapter_model.safetensors",
+        "tasks/01_instruct/adapter/adapter_model.safetensors",
+        "tasks/02_hc3/predictions.jsonl",
+        "scores.json",
+    ],
+)
+def test_a_comparison_of_runs_sees_a_bit(file: str, whole: Path, tmp_path: Path) -> None:
+    """Otherwise the tests below, and the soak, would pass for ever."""
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    assert differences(run, whole) == []
+    flip(run / file, bit=2)
+    assert differences(run, whole) in ([file], [file.rpartition("/")[0]])
+    log = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(log.replace('"step": 3,', '"step": 4,', 1))
+    assert "metrics.jsonl" in differences(run, whole)
+
+
+def test_a_comparison_of_runs_sees_another_memory(whole: Path, tmp_path: Path) -> None:
+    """A tensor, hashed anew: an update that is whole, and another one."""
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    bank = MemoryBank(run / "memory")
+    bank.load(read_ledger(run / "memory")[:-1], {})
+    bank.append({"task": "hc3", "stage": "preference"}, {"a": torch.zeros(2)}, [], {})
+    assert differences(run, whole) == ["memory/ledger.json"]
 
 
 QUICK = [

@@ -163,7 +163,7 @@ def _read_seals(path: Path) -> dict[str, Seal]:
 def _is_sealed(path: Path, seal: Seal) -> bool:
     try:
         return file_seal(path) == seal
-    except OSError:
+    except (OSError, ValueError):  # such as a name that no file can have
         return False
 
 
