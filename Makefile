@@ -1,7 +1,9 @@
 # make install   .venv with everything; make train and make test do it first
 # make train     the default run: six bundled domains, a few minutes on two cores
 # make test      the tests; make test-all adds those marked slow
+# make soak      runs that are killed and damaged and must come to the same end, for MINUTES=10
 PYTHON ?= python3
+MINUTES ?= 10
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 # As in the commands (lifealign/environment.py): threads that wait must not spin for long on shared cores.
@@ -9,7 +11,7 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 10000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install train test test-all lint clean
+.PHONY: install train test test-all soak lint clean
 
 install: $(INSTALLED)
 
@@ -30,6 +32,9 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest
+
+soak: install
+	$(BIN)/python tests/soak.py --minutes $(MINUTES)
 
 lint: install
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from signal import Signals
@@ -32,6 +32,7 @@ from lifealign.models.loading import attach_lora, enable_gradient_checkpointing,
 from lifealign.models.policy import Policy, choose_head, choose_layout, choose_operations
 from lifealign.models.scoring import ReferenceLogps, pair_row
 from lifealign.runtime import checkpoint, distributed, watchdog
+from lifealign.runtime.checkpoint import Checkpoint, checkpoint_name
 from lifealign.runtime.engine import deepspeed_config, inference_engine, training_engine
 from lifealign.runtime.files import write_json, write_json_lines
 from lifealign.runtime.optimizer import read_optimizer, write_optimizer
@@ -92,6 +93,7 @@ class Lifelong:
     ) -> None:
         self.config, self.folder, self.tracker, self.signals = config, folder, tracker, signals or StopSignals()
         self.timing: dict[str, float] = defaultdict(float)
+        self._timed_inside = 0.0  # seconds of parts that have ended within the part that is being timed
         with self._timed("loading"):
             self.tokenizer = load_tokenizer(config.model)
             self.tasks = load_tasks(config.sequence, config.data, self.tokenizer, SIX_DOMAINS)
@@ -117,7 +119,7 @@ class Lifelong:
         self.book = ScoreBook([task.name for task in self.tasks])
         self.position = Position()
         self.steps = 0
-        self._between_phases: tuple[dict[str, Any], Tensors] = {}, {}  # the last checkpoint that was made there; rank 0
+        self._between_phases = Checkpoint("", {}, {})  # what one holds that is made there, as it was last
         self._midway: Midway | None = None  # of the stage to come, where it was interrupted
 
     def run(self) -> None:
@@ -126,7 +128,8 @@ class Lifelong:
         Raises:
             Interrupted: on every rank, once all that was done is saved, where any rank received a signal that asks for it.
         """
-        self._restore()
+        with self._timed("resuming"):
+            self._restore()
         while self.position.task < len(self.plan):
             self._stop_if_asked()
             number, phase = self.position.task, self.position.phase
@@ -303,8 +306,8 @@ class Lifelong:
         self._between_phases = self._state()
         self._write_checkpoint()
 
-    def _state(self) -> tuple[dict[str, Any], Tensors]:
-        """Values and tensors that the phases to come depend on. Call on every rank."""
+    def _state(self) -> Checkpoint:
+        """All that the phases to come depend on. Call on every rank."""
         strategy = self.strategy.state_dict()
         tensors = _prefixed(adapter=read_factors(self.policy.model), added=read_added(self.policy), strategy=strategy.tensors)
         values = {
@@ -315,7 +318,7 @@ class Lifelong:
             "strategy": strategy.values,
             "data": {task.name: task.data_hash for task in self.tasks},
         }
-        return values, tensors
+        return Checkpoint("", values, tensors, strategy.files)
 
     def _save_midway(self, trainer: Trainer, steps: int) -> None:
         """Write a checkpoint within a stage: the one before the stage, and how far the stage has come."""
@@ -336,16 +339,16 @@ class Lifelong:
         with self._writing():
             if not distributed.is_main():
                 return
-            values, tensors = self._between_phases
+            before = self._between_phases
             volatile = {"timing": dict(self.timing), "metrics_bytes": self.tracker.position()}
             number = self.position.task * len(PHASES) + PHASES.index(self.position.phase)
-            checkpoint.save(
-                self.folder / "checkpoints",
-                checkpoint.checkpoint_name(number, 0 if midway is None else midway["steps"]),
-                {**values, **volatile, "midway": midway},
-                {**tensors, **_prefixed(reference=self.reference.state_dict(), midway=parts or {})},
-                keep=self.config.checkpoint.keep,
+            new = Checkpoint(
+                checkpoint_name(number, 0 if midway is None else midway["steps"]),
+                {**before.state, **volatile, "midway": midway},
+                {**before.tensors, **_prefixed(reference=self.reference.state_dict(), midway=parts or {})},
+                before.files,
             )
+            checkpoint.save(self.folder / "checkpoints", new, keep=self.config.checkpoint.keep)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -377,15 +380,16 @@ class Lifelong:
         self.position = Position(state["task"], state["phase"])
         self.steps = state["steps"]
         self.book = self._extended(ScoreBook.from_json(state["scores"]))
-        self.timing.update(state["timing"])
+        for part, seconds in state["timing"].items():
+            self.timing[part] += seconds
         self._check_weights(parts["adapter"], parts["added"])
         write_factors(self.policy.model, parts["adapter"], dict.fromkeys(parts["adapter"], 0))
         write_added(self.policy, parts["added"])
         self.reference.load_state_dict(parts["reference"])
-        self.strategy.load_state_dict(State(state["strategy"], parts["strategy"]))
+        self.strategy.load_state_dict(State(state["strategy"], parts["strategy"], found.files))
         self.tracker.rewind(state["metrics_bytes"])
         between_phases = {name: tensor for name, tensor in found.tensors.items() if not name.startswith("midway/")}
-        self._between_phases = state, between_phases
+        self._between_phases = replace(found, tensors=between_phases)
         if state["midway"] is not None:
             self._midway = self._checked(Midway(**state["midway"], parts=_by_prefix(parts["midway"])))
         log.info("resumed at task %d, %s, from checkpoint %s", self.position.task + 1, self.position.phase, found.name)
@@ -452,11 +456,15 @@ class Lifelong:
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
-        started = time.perf_counter()
+        """Add the seconds inside to those of a part of the run; less what is timed there as another part, such as a
+        checkpoint within a stage, so that all parts add up."""
+        started, outside, self._timed_inside = time.perf_counter(), self._timed_inside, 0.0
         try:
             yield
         finally:
-            self.timing[what] += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self.timing[what] += seconds - self._timed_inside
+            self._timed_inside = outside + seconds
 
 
 def make_evaluator(config: Config, policy: Policy, reference: ReferenceLogps, tokenizer: PreTrainedTokenizerBase) -> Evaluator:

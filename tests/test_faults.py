@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 import signal
 import socket
 import subprocess
@@ -140,58 +139,6 @@ def test_a_file_that_may_not_grow_leaves_the_checkpoint_before_it(uninterrupted:
     assert (folder / "scores.json").exists()
 
 
-def _truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def _flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(bytes(content))
-
-
-@pytest.fixture(scope="module")
-def stopped(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was killed within its second task, with two checkpoints."""
-    folder = tmp_path_factory.mktemp("stopped") / "run"
-    process = start(folder)
-    wait_for_steps(folder, 31, process)
-    process.kill()
-    process.wait(timeout=60)
-    return folder
-
-
-QUICK_DAMAGE = [("state.json", _truncate), ("tensors.safetensors", _flip), ("manifest.json", os.unlink)]
-DAMAGE = [
-    (file, how) for file in ("state.json", "tensors.safetensors", "manifest.json") for how in (_truncate, _flip, os.unlink)
-]
-
-
-@pytest.mark.parametrize(
-    ("file", "damage"), [pytest.param(*each, marks=() if each in QUICK_DAMAGE else pytest.mark.slow) for each in DAMAGE]
-)
-def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
-    file: str, damage: Any, stopped: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = Path(shutil.copytree(stopped, tmp_path / "run"))
-    newest = sorted(path for path in (folder / "checkpoints").iterdir() if NAME.fullmatch(path.name))[-1]
-    damage(newest / file)
-    train_here(folder, *LONGER, "cache.enabled=false")
-    assert f"{newest.name} is set aside as {newest.name}.damaged: {file}" in capsys.readouterr().out.replace("\n", " ")
-    assert_same(folder, uninterrupted)
-
-
-def test_without_a_good_checkpoint_the_run_does_not_start_over(stopped: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(stopped, tmp_path / "run"))
-    for path in (folder / "checkpoints").iterdir():
-        _flip(path / "tensors.safetensors")
-    log = (folder / "metrics.jsonl").read_text()
-    for _ in range(2):  # and stays so
-        with pytest.raises(UserError, match=r"no checkpoint is as it was written"):
-            train_here(folder, *LONGER, "cache.enabled=false")
-    assert (folder / "metrics.jsonl").read_text() == log
-
-
 DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2")
 
 
@@ -232,7 +179,7 @@ def test_nothing_is_left_of_two_ranks(victim: str, tmp_path: Path) -> None:
     assert len(list((folder / "tasks").iterdir())) == 2
 
 
-@SLOW
+@pytest.mark.slow
 def test_a_supervised_launch_tells_of_a_launcher_that_is_killed(tmp_path: Path) -> None:
     """Stock deepspeed exits 0 at once; supervised, the command ends when the ranks have saved, with their code."""
     folder = tmp_path / "run"

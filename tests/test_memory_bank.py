@@ -16,6 +16,7 @@ from lifealign.errors import UserError
 from lifealign.memory import MemoryBank, Space
 from lifealign.memory.bank import _digest, read_ledger, read_update
 from lifealign.runtime import distributed
+from lifealign.runtime.files import file_seal
 from lifealign.strategies import Context, Run
 from lifealign.strategies.lifealign import LifeAlign, MemoryDtype
 
@@ -151,9 +152,9 @@ def test_an_update_is_the_same_however_many_ranks_wrote_it(tmp_path: Path, monke
 
 def test_later_entries_are_forgotten_for_good(tmp_path: Path) -> None:
     """Three entries, taken up at one; what is then appended becomes the second, also for the next reader."""
-    filled(tmp_path, 3)
+    before = filled(tmp_path, 3)
     bank = MemoryBank(tmp_path)
-    bank.load(1)
+    bank.load(before.entries[:1], {})
     assert len(bank.entries) == len(read_ledger(tmp_path)) == 1
     bank.append({**ABOUT, "stage": "preference"}, tensors(7), [], HASHES)
     entries = read_ledger(tmp_path)
@@ -181,20 +182,32 @@ def told(call: Callable[[], object]) -> str:
     return str(error.value)
 
 
-def test_a_ledger_shorter_than_the_checkpoint_is_an_error(tmp_path: Path) -> None:
-    filled(tmp_path)
-    text = told(lambda: MemoryBank(tmp_path).load(2))
-    assert str(tmp_path) in text
-    assert "1 entries" in text
-    assert len(read_ledger(tmp_path)) == 1
+NO_LEDGERS = ["", "{", "null", "[]", "{}", "\xff", '{"entries": 3}', '{"entries": null}', '{"entries": []}']
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", "[]", "{}", "\xff", '{"entries": 3}', '{"entries": null}'])
-def test_a_ledger_that_is_none_is_an_error(tmp_path: Path, text: str) -> None:
-    filled(tmp_path)
+@pytest.mark.parametrize("text", NO_LEDGERS)
+def test_a_ledger_that_is_none_is_written_again_by_a_run_that_goes_on(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint holds what stood in it; who has no checkpoint is told of the file."""
+    before = filled(tmp_path, 2)
+    whole = (tmp_path / "ledger.json").read_text()
     (tmp_path / "ledger.json").write_bytes(text.encode("latin-1"))
-    for call in (lambda: read_ledger(tmp_path), lambda: MemoryBank(tmp_path).load(1)):
-        assert "ledger.json" in told(call)
+    if text != NO_LEDGERS[-1]:
+        assert "ledger.json" in told(lambda: read_ledger(tmp_path))
+    MemoryBank(tmp_path).load(before.entries, before.files)
+    assert "ledger.json is not what was written" in capsys.readouterr().out
+    assert (tmp_path / "ledger.json").read_text() == whole
+    MemoryBank(tmp_path).load(before.entries[:1], before.files)  # a longer one is that of a run which was ended before it saved
+    assert capsys.readouterr().out == ""
+
+
+def test_the_files_of_the_entries_are_known_by_their_seals(tmp_path: Path) -> None:
+    bank = filled(tmp_path / "memory", 2)
+    files = {path.relative_to(tmp_path).as_posix() for path in (tmp_path / "memory").glob("*/*")}
+    assert bank.files.keys() == files
+    assert len(files) == 4
+    assert all(file_seal(tmp_path / file) == seal for file, seal in bank.files.items())
 
 
 @pytest.mark.parametrize(("key", "value"), [("task", "other"), ("date", "2020-01-01"), ("consolidated", False)])

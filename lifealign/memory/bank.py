@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -25,7 +26,10 @@ from safetensors.torch import save_file
 
 from lifealign.errors import UserError, check_name
 from lifealign.runtime import distributed
-from lifealign.runtime.files import flush_folder, read_json, write_json
+from lifealign.runtime.files import Seal, file_seal, flush_folder, read_json, write_json
+from lifealign.runtime.terminal import console
+
+log = logging.getLogger(__name__)
 
 Entry = dict[str, Any]
 
@@ -103,6 +107,7 @@ class MemoryBank:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries: list[Entry] = []
+        self.files: dict[str, Seal] = {}  # of the entries; by their paths in the run directory, which holds ``folder``
 
     def append(
         self,
@@ -125,8 +130,11 @@ class MemoryBank:
             if distributed.is_main():
                 shutil.rmtree(where, ignore_errors=True)  # left by a run that stopped before it was counted
                 where.mkdir(parents=True)
+        shard = where / f"shard-{distributed.rank()}.safetensors"
         with distributed.failing_together(OSError, SafetensorError):
-            save_file(dict(update), where / f"shard-{distributed.rank()}.safetensors")
+            save_file(dict(update), shard)
+            own = self._path(shard), file_seal(shard)
+        shards = distributed.gather_objects(own)
         shares = distributed.gather_objects({key: _digest(tensor) for key, tensor in update.items()})
         details = {"tensors": dict(sorted(item for share in shares for item in share.items())), "factors": list(records)}
         content = json.dumps(details, indent=1, allow_nan=False).encode()
@@ -148,21 +156,34 @@ class MemoryBank:
                 (where / "details.json").write_bytes(content)
                 flush_folder(where)
                 self._write_ledger()
+        of_details = {"bytes": len(content), "sha256": entry["hashes"]["details"]}
+        self.files |= {**dict(shards), self._path(where / "details.json"): of_details}
 
-    def load(self, count: int) -> list[Entry]:
-        """Take up the first ``count`` entries and forget later ones; returns them with their tensors' hashes.
+    def load(self, entries: Sequence[Entry], files: Mapping[str, Seal]) -> list[Entry]:
+        """Take up what :attr:`entries` and :attr:`files` were, and forget later entries; returns the entries with their
+        tensors' hashes. The ledger is written anew from them, with a line that says so where it was damaged.
 
         Raises:
-            UserError: where the ledger holds fewer, or is damaged.
+            UserError: where the details of an entry are missing or not what was written.
         """
-        entries = _read_entries(self.folder)[:count]
-        if len(entries) < count:
-            raise UserError(f"{self.folder}: the ledger holds {len(entries)} entries, the checkpoint speaks of {count}")
-        self.entries = entries
-        distributed.barrier()  # every rank has read the ledger before it is written again
+        self.entries, self.files = list(entries), dict(files)
         if distributed.is_main():
+            if not self._ledger_agrees():
+                line = f"{self.folder.name}/ledger.json is not what was written; written again from the checkpoint"
+                log.warning(line)
+                console.print(line, markup=False)
             self._write_ledger()
-        return [{**entry, "tensors": _read_details(self.folder, entry)["tensors"]} for entry in entries]
+        return [{**entry, "tensors": _read_details(self.folder, entry)["tensors"]} for entry in self.entries]
+
+    def _ledger_agrees(self) -> bool:
+        """Whether the ledger begins with these entries; it may name later ones, of a run that was ended before it saved."""
+        try:
+            return _read_entries(self.folder)[: len(self.entries)] == self.entries
+        except UserError:
+            return False
+
+    def _path(self, file: Path) -> str:
+        return file.relative_to(self.folder.parent).as_posix()
 
     def _write_ledger(self) -> None:
         write_json(self.folder / "ledger.json", {"entries": self.entries})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +12,19 @@ from typing import Any
 import yaml
 
 from lifealign.errors import UserError, library_line, yaml_line
+
+Seal = dict[str, Any]
+"""Of a file: ``bytes``, its size, and ``sha256``."""
+
+
+def file_seal(path: Path) -> Seal:
+    """What a file holds now; OSError where it cannot be read."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+            size += len(part)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -24,6 +38,17 @@ def write_bytes(path: Path, content: bytes) -> None:
     os.replace(beside, path)
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """As :func:`write_bytes`, with what another file holds."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(target.name + ".partial")
+    with open(source, "rb") as read, open(beside, "wb") as written:
+        shutil.copyfileobj(read, written)
+        written.flush()
+        os.fsync(written.fileno())
+    os.replace(beside, target)
+
+
 def write_text(path: Path, text: str) -> None:
     """As :func:`write_bytes`, in UTF-8."""
     write_bytes(path, text.encode("utf-8"))
@@ -31,7 +56,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """As :func:`write_text`; NaN and infinity, which are not JSON, are refused."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """What :func:`write_json` writes."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def write_json_lines(path: Path, rows: list[Any]) -> None:

@@ -99,9 +99,10 @@ class Tracker:
             sink.artifact("adapter", folder)
 
     def position(self) -> int:
-        """Length of ``metrics.jsonl`` in bytes, to go back to. Rank 0 only."""
+        """Length of ``metrics.jsonl`` in bytes, to go back to: so much of it is on disk. Rank 0 only."""
         assert self._file is not None
         self._file.flush()
+        os.fsync(self._file.fileno())
         return self._file.tell()
 
     def rewind(self, position: int) -> None:

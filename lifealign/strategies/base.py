@@ -20,6 +20,7 @@ from lifealign.models.options import LoraOptions
 from lifealign.models.policy import Policy
 from lifealign.models.scoring import score_pairs
 from lifealign.runtime import distributed
+from lifealign.runtime.files import Seal
 from lifealign.stages import Stage
 
 
@@ -105,6 +106,9 @@ class State:
 
     values: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    # Files that the strategy has written and that this state is nothing without, by their paths in the run directory. A
+    # checkpoint holds their seals and counts as damaged where they are; they must stay as they are.
+    files: dict[str, Seal] = field(default_factory=dict)
 
 
 @dataclass

@@ -98,12 +98,12 @@ class LifeAlign(ExperienceReplay):
         return records
 
     def state_dict(self) -> State:
-        return State({**super().state_dict().values, "memory_entries": len(self.bank.entries)})
+        return State({**super().state_dict().values, "memory": list(self.bank.entries)}, files=dict(self.bank.files))
 
     def load_state_dict(self, state: State) -> None:
         """History is made anew from the ledger, each rank's share of it, however many ranks wrote it."""
         super().load_state_dict(state)
-        entries = self.bank.load(state.values["memory_entries"])
+        entries = self.bank.load(state.values["memory"], state.files)
         other = next((entry["space"] for entry in entries if entry["space"] != self.space.value), None)
         if other is not None:
             raise UserError(f"strategy.space={self.space.value}: the run's memory is of space={other}; go on with that one")
