@@ -27,9 +27,9 @@ from lifealign.errors import UserError
 from lifealign.models.loading import load_base, load_tokenizer
 from lifealign.models.options import ModelOptions
 from lifealign.run import train
-from lifealign.runtime.checkpoint import MANIFEST, STATE, TENSORS, newest_folder
-from lifealign.runtime.checkpoint import _seal as seal
+from lifealign.runtime.checkpoint import MANIFEST, OWN, TENSORS, _manifest, newest_folder
 from lifealign.runtime.engine import ZeroOptions, deepspeed_config
+from lifealign.runtime.files import file_seal, json_text
 
 
 @pytest.fixture(autouse=True)
@@ -218,15 +218,14 @@ def test_pickles_that_lie_beside_are_never_opened(by_torch: bool, run: Path, tmp
 def test_a_pickle_in_the_place_of_tensors(by_torch: bool, run: Path, tmp_path: Path, pwned: Path) -> None:
     """Sealed by whoever put it there, in the newest checkpoint, the adapter and the long-term memory."""
     content = pickled(pwned, by_torch=by_torch)
-    for checkpoint in (run / "checkpoints").iterdir():
+    for checkpoint in [manifest.parent for manifest in (run / "checkpoints").glob(f"*/{MANIFEST}")]:
         plant(checkpoint / TENSORS, content)
-        manifest = {file: seal(checkpoint / file) for file in (STATE, TENSORS)}
-        plant(checkpoint / MANIFEST, json.dumps(manifest).encode())
+        seals = {**json.loads((checkpoint / MANIFEST).read_bytes())["files"], **{f: file_seal(checkpoint / f) for f in OWN}}
+        plant(checkpoint / MANIFEST, json_text(_manifest(seals)).encode())
     plant(run / "tasks/01_instruct/adapter/adapter_model.safetensors", content)
     plant(run / "memory/000_instruct_preference/shard-0.safetensors", content)
     ended = training(*SMALL, f"run.dir={run}")
-    refused(ended, "no checkpoint is as it was written")
-    assert "tensors.safetensors holds no tensors" in ended.out.replace("\n", " ")
+    refused(ended, "no checkpoint is as it was written", "tensors.safetensors holds no tensors")
     refused(end_here(launcher("evaluate"), f"run={run}"), "adapter_model.safetensors: cannot be read as safetensors")
     refused(end_here(launcher("export"), str(run), "--to", str(tmp_path / "out")), "cannot be read as safetensors")
     assert memory_command.main([str(run), "revert", "instruct", "--to", str(tmp_path / "edited")]) == 2

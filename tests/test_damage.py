@@ -26,7 +26,6 @@ from lifealign.command import without_local_rank
 from lifealign.errors import UserError
 from lifealign.lifelong import Lifelong
 from lifealign.memory import MemoryBank
-from lifealign.memory.bank import read_ledger
 from lifealign.runtime import checkpoint, distributed
 from lifealign.runtime.checkpoint import NAME, Checkpoint, Finding
 from lifealign.runtime.files import file_seal, write_json
@@ -298,7 +297,7 @@ def test_a_comparison_of_runs_sees_another_memory(whole: Path, tmp_path: Path) -
     """A tensor, hashed anew: an update that is whole, and another one."""
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     bank = MemoryBank(run / "memory")
-    bank.load(read_ledger(run / "memory")[:-1], {})
+    bank.load(json.loads((run / "memory" / "ledger.json").read_text())["entries"][:-1], {})
     bank.append({"task": "hc3", "stage": "preference"}, {"a": torch.zeros(2)}, [], {})
     assert differences(run, whole) == ["memory/ledger.json"]
 

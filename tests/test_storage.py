@@ -76,7 +76,7 @@ def test_a_full_disk(moment: str, disk: Path, monkeypatch: pytest.MonkeyPatch) -
     assert line.startswith(f"error: {folder}: cannot be written ([Errno 28] No space left on device") or "os error 28" in line
     assert line.endswith("the newest checkpoint stands, and the same command goes on")
     finished = [path for path in (folder / "checkpoints").iterdir() if NAME.fullmatch(path.name)]
-    assert finished and not [path for path in finished if checkpoint._problem(path)]
+    assert finished and not [path for path in finished if checkpoint._look_at(path).problem]
 
     (disk / "filler").unlink()
     ended = training(folder)
