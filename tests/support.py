@@ -19,7 +19,7 @@ from unittest import mock  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
 from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
-from omegaconf import DictConfig  # noqa: E402
+from omegaconf import DictConfig, open_dict, read_write  # noqa: E402
 
 from lifealign.command import conf_dir, prepare_arguments  # noqa: E402
 from lifealign.run import train  # noqa: E402
@@ -46,8 +46,10 @@ def compose_config(*overrides: str) -> DictConfig:
     """The configuration as a command would compose it, with Hydra's own part set for whoever asks for it."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         composed = compose("config", overrides=prepare_arguments(overrides), return_hydra_config=True)
-        HydraConfig.instance().set_config(composed)
-        return compose("config", overrides=prepare_arguments(overrides))
+    HydraConfig.instance().set_config(composed)
+    with read_write(composed), open_dict(composed):
+        del composed["hydra"]
+    return composed
 
 
 def train_here(folder: Path, *overrides: str) -> Path:
