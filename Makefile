@@ -1,6 +1,7 @@
 # make install   .venv with everything; make train and make test do it first
 # make train     the default run: six bundled domains, a few minutes on two cores
 # make test      the tests; make test-all adds those marked slow
+# make audit     known vulnerabilities of what is installed, where the database of them can be reached
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -9,7 +10,7 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 10000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install train test test-all lint clean
+.PHONY: install train test test-all lint audit clean
 
 install: $(INSTALLED)
 
@@ -34,6 +35,9 @@ test-all: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+audit: install
+	$(BIN)/python .ci/audit.py
 
 clean:
 	rm -rf .venv build *.egg-info
