@@ -2,6 +2,7 @@
 # make train     the default run: six bundled domains, a few minutes on two cores
 # make test      the tests; make test-all adds those marked slow
 # make soak      runs that are killed and damaged and must come to the same end, for MINUTES=10
+# make audit     known vulnerabilities of what is installed, where the database of them can be reached
 PYTHON ?= python3
 MINUTES ?= 10
 BIN := .venv/bin
@@ -11,7 +12,7 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 10000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install train test test-all soak lint clean
+.PHONY: install train test test-all soak audit lint clean
 
 install: $(INSTALLED)
 
@@ -39,6 +40,9 @@ soak: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+audit: install
+	$(BIN)/python .ci/audit.py
 
 clean:
 	rm -rf .venv build *.egg-info

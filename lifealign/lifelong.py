@@ -453,6 +453,8 @@ class Lifelong:
                 f"{self.folder}: the rows of task '{changed[0]}' are not those that the interrupted run was trained on; "
                 "resume=force goes on all the same, resume=never starts over"
             )
+        if changed and distributed.is_main():
+            checkpoint.record_forced(self.folder, [f"the rows of task {name}" for name in changed])
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:

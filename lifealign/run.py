@@ -143,6 +143,8 @@ def _prepare_directory(folder: Path, config: Config, settings: Mapping[str, Any]
                 f"{folder} holds a run with another {changed[0]}{more}; resume=force goes on with the new setting, "
                 "another run.dir starts anew"
             )
+        if changed:
+            checkpoint.record_forced(folder, changed)
     write_text(held, yaml.safe_dump(dict(settings), sort_keys=False))
 
 

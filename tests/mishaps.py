@@ -11,11 +11,13 @@ import signal  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from errno import ENOSPC  # noqa: E402
 
 import lifealign.evaluation.generation as generation  # noqa: E402
 from lifealign.command import hydra_command  # noqa: E402
 from lifealign.run import train  # noqa: E402
 from lifealign.runtime import distributed  # noqa: E402
+from lifealign.runtime.tracking import Tracker  # noqa: E402
 from lifealign.stages import Outcome, PreferenceStage  # noqa: E402
 
 AT = 2
@@ -52,6 +54,10 @@ def spoil_losses() -> None:
     PreferenceStage.outcome = outcome
 
 
+def refuse_to_write() -> None:
+    raise OSError(ENOSPC, "No space left on device")
+
+
 def hang() -> None:
     print(f"rank {distributed.rank()} hangs now", flush=True)
     while True:
@@ -61,6 +67,7 @@ def hang() -> None:
 MISHAPS: dict[str, Callable[[], None]] = {
     "nan": spoil_losses,
     "signal": lambda: at_call(AT, generation, "_generate_batch", lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    "full": lambda: at_call(AT, Tracker, "_write", refuse_to_write),
     "hang": lambda: at_call(AT, PreferenceStage, "outcome", hang),
     "nothing": lambda: None,
 }

@@ -6,10 +6,13 @@ Every payload would make a file ``pwned``; no test looks at a message alone.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import runpy
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -311,3 +314,14 @@ def test_a_hostile_configuration_of_a_model(values: dict[str, object], named: st
     with pytest.raises(UserError, match=re.escape(named)):
         load_tokenizer(options)
         load_base(options, deepspeed_config(ZeroOptions()))
+
+
+# -- dependencies ------------------------------------------------------------------------------------------------------
+
+
+def test_an_audit_that_nobody_answers_says_so() -> None:
+    nowhere = {**os.environ, "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "no_proxy": ""}
+    words = sys.executable, str(REPOSITORY / ".ci" / "audit.py")
+    ended = subprocess.run(words, env=nowhere, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("audit skipped: the database of vulnerabilities cannot be reached")

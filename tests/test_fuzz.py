@@ -39,7 +39,7 @@ MANY = pytest.mark.slow
 FEW = 60
 
 
-def fuzzed(*strategies: st.SearchStrategy[Any], examples: int = FEW, many: int = 3000) -> Callable[[Callable[..., None]], Any]:
+def fuzzed(*strategies: st.SearchStrategy[Any], examples: int = FEW, many: int = 1500) -> Callable[[Callable[..., None]], Any]:
     """Two tests of a function of a folder and examples: a short one, always with the same, and a slow one with many others."""
 
     def wrap(function: Callable[..., None]) -> Any:
@@ -225,11 +225,12 @@ zero: {stage: x}
 - a
 a: &b [*b]
 <<: 3
+0
 """
 LINES = st.lists(st.sampled_from(PRESET.strip().splitlines()) | st.text(max_size=12), min_size=1, max_size=4)
 
 
-@fuzzed(LINES, examples=12, many=400)
+@fuzzed(LINES, examples=12, many=200)
 def test_presets(folder: Path, lines: list[str]) -> None:
     path = folder / "conf" / "sequence" / "fuzzed.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -154,7 +154,12 @@ def test_other_settings_are_refused_and_force_accepts_them(uninterrupted: Path, 
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
     with pytest.raises(UserError, match=r"sft\.lr: 0\.002 -> 0\.003.*resume=force"):
         train_here(folder, "sft.lr=0.003")
+    assert not (folder / "forced.jsonl").exists()
     train_here(folder, "sft.lr=0.003", "resume=force")
+    train_here(folder, "sft.lr=0.003", "resume=force")  # nothing has changed since
+    (forced,) = map(json.loads, (folder / "forced.jsonl").read_text().splitlines())
+    assert forced["changed"] == ["sft.lr: 0.002 -> 0.003"]
+    assert forced["from"] == sorted(path.name for path in (folder / "checkpoints").iterdir())[-1]
 
 
 def test_never_refuses_a_directory_that_holds_a_run(uninterrupted: Path) -> None:

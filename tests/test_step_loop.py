@@ -204,7 +204,7 @@ def fetches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_step_fetches_once(
     log_every: int, stage: str, tmp_path: Path, fetches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Six steps, and the norm of the last. Unlogged steps exchange a loss, a norm and whether to stop."""
+    """Six steps, and the norm of the last. Unlogged steps exchange a loss, a norm and whether all is well."""
     exchanged: list[int] = []
     usual = distributed.sum_over_ranks
     monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: exchanged.append(values.numel()) or usual(values))
@@ -216,7 +216,7 @@ def test_a_step_fetches_once(
             assert len(fetches) == number + 1, fetches
         exchanged.clear()
         made.trainer.train(made.pairs)
-    known = 2  # the norm of the step before, and whether a rank was asked to stop
+    known = 3  # the norm of the step before, whether a rank was asked to stop, and whether a line could not be written
     logged = known + 2 + (0 if stage == "sft" else 6)  # the loss, the term, and the figures of a preference stage
     due = [number % log_every == 0 or number + 1 == STEPS for number in range(STEPS)]
     assert exchanged == [*(logged if log_it else known + 1 for log_it in due), known]

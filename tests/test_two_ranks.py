@@ -57,9 +57,9 @@ def rank_process(
     )
 
 
-def ranks(what: str, folder: Path, *overrides: str) -> list[subprocess.Popen[str]]:
-    """The ranks of a training in which ``what`` happens on the second; each said in its own words."""
-    port, words = free_port(), [what, "1", *QUICK, *SMALL, f"run.dir={folder}", *overrides]
+def ranks(what: str, folder: Path, *overrides: str, rank: int = 1) -> list[subprocess.Popen[str]]:
+    """The ranks of a training in which ``what`` happens on one."""
+    port, words = free_port(), [what, str(rank), *QUICK, *SMALL, f"run.dir={folder}", *overrides]
     return [rank_process(number, words, port) for number in range(2)]
 
 
@@ -151,6 +151,18 @@ def test_a_signal_to_one_rank_stops_both_between_batches_of_an_evaluation(tmp_pa
     assert (folder / "scores.json").read_text() == (whole / "scores.json").read_text()
     assert adapter(folder).keys() == adapter(whole).keys()
     assert all(value.equal(adapter(whole)[name]) for name, value in adapter(folder).items())
+
+
+@pytest.mark.slow
+def test_a_line_that_rank_0_cannot_write_stops_both(tmp_path: Path) -> None:
+    """With no checkpoint in between: the other does not wait for it."""
+    folder = tmp_path / "run"
+    (code, _, told), (other_code, _, other) = ended(ranks("full", folder, "checkpoint.every=null", rank=0))
+    assert (code, other_code) == (1, 1)
+    (line,) = told.splitlines()
+    assert line.startswith(f"error: {folder}: cannot be written ([Errno 28] No space left on device)")
+    assert other == ""
+    assert len(rows(folder, "step")) <= 1
 
 
 def wait_for_step(folder: Path, processes: list[subprocess.Popen[str]]) -> None:

@@ -16,8 +16,9 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -106,6 +107,19 @@ def newest(folder: Path) -> Checkpoint | None:
             "of the run, or name another run.dir to start anew"
         )
     return None
+
+
+FORCED = "forced.jsonl"
+"""In the run directory: what ``resume=force`` went on with though it had changed, a line each time."""
+
+
+def record_forced(run: Path, changed: Sequence[str]) -> None:
+    """Note that a run goes on from its newest checkpoint with something that is no longer as it was. Rank 0 only."""
+    newest = newest_folder(run / "checkpoints")
+    row = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "from": newest.name if newest else None}
+    with open(run / FORCED, "a", encoding="utf-8") as file:
+        file.write(json.dumps({**row, "changed": list(changed)}) + "\n")
+    console.print(f"resume=force: goes on with {'; '.join(changed)}", markup=False, highlight=False)
 
 
 class Damaged(NamedTuple):

@@ -8,6 +8,7 @@ silent, or holds all others up, names it and ends its process; rank 0 has all ot
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import socket
@@ -22,6 +23,8 @@ from typing import Any
 
 from lifealign.runtime import distributed
 from lifealign.runtime.options import RuntimeOptions
+
+log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
 PAUSED_SECONDS = 5.0
@@ -73,6 +76,9 @@ def watched(options: RuntimeOptions) -> Iterator[None]:
         yield
         return
     watch = _open(options)
+    if watch is None:
+        yield
+        return
     thread = threading.Thread(target=watch.run, name="watchdog", daemon=True)
     thread.start()
     try:
@@ -83,21 +89,31 @@ def watched(options: RuntimeOptions) -> Iterator[None]:
         watch.leave()
 
 
-def _open(options: RuntimeOptions) -> _Watch:
-    """Rank 0 opens a port and tells the others of it."""
+def _open(options: RuntimeOptions) -> _Watch | None:
+    """Rank 0 opens a port and tells the others of it. None, with a line in the log, where no port can be had."""
     host = "127.0.0.1" if os.environ.get("CROSS_SIZE") == "1" else os.environ.get("MASTER_ADDR", "127.0.0.1")
-    place: tuple[str, int, str] | None = None
-    family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
-    port = socket.socket(family, socket.SOCK_DGRAM)
-    port.settimeout(BEAT_SECONDS / 2)
-    if distributed.is_main():
-        try:
-            port.bind(address)
-        except OSError:  # a name that leads here by way of another machine
-            port.bind(("", 0))
-        place = host, port.getsockname()[1], secrets.token_hex(16)  # so that no stranger's datagram is heard
-    host, number, token = distributed.broadcast_object(place)
+    port, place = None, None
+    try:
+        family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
+        port = socket.socket(family, socket.SOCK_DGRAM)
+        port.settimeout(BEAT_SECONDS / 2)
+        if distributed.is_main():
+            _bind(port, address)
+            place = host, port.getsockname()[1], secrets.token_hex(16)  # so that no stranger's datagram is heard
+    except OSError as error:
+        log.warning("nobody looks after this rank: no port for datagrams could be had (%s)", error)
+    shared = distributed.broadcast_object(place)
+    if shared is None or port is None:
+        return None
+    host, number, token = shared
     return _Watch(options, port, (host, number), token)
+
+
+def _bind(port: socket.socket, address: Any) -> None:
+    try:
+        port.bind(address)
+    except OSError:  # a name that leads here by way of another machine
+        port.bind(("", 0))
 
 
 @dataclass
