@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from types import FrameType, TracebackType
+
+from lifealign.runtime import distributed
 
 ASKING = (signal.SIGTERM, signal.SIGINT)
 
@@ -14,7 +17,11 @@ AGAIN_SECONDS = 5.0
 
 
 class StopSignals:
-    """Inside, SIGTERM and SIGINT are only noted. One that comes ``AGAIN_SECONDS`` later ends the process at once."""
+    """Inside, SIGTERM and SIGINT are only noted. One that comes ``AGAIN_SECONDS`` later ends the process at once.
+
+    Where one is inside another, the inner one alone takes note. Outside the main thread, where Python allows no handlers,
+    nothing is noted.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -22,12 +29,17 @@ class StopSignals:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._note) for number in ASKING}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in ASKING}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def anywhere(self) -> int | None:
+        """The signal that this rank or another one has noted. Call on every rank."""
+        return next((number for number in distributed.gather_objects(self.received) if number is not None), None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
