@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 
 from lifealign.assets import TINY_MODEL
 from lifealign.errors import UserError, did_you_mean
 from lifealign.models.options import LoraOptions, ModelOptions
+from lifealign.models.quantization import check_quantization, read_base
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +62,18 @@ def load_base(options: ModelOptions, deepspeed_config: dict[str, Any]) -> PreTra
     """The frozen base. Under ZeRO-3 each weight is partitioned as it is read and never stands whole on every rank.
 
     ``trust_remote_code`` stays off: a model that needs code of its own is refused.
+
+    Raises:
+        UserError: where there is no such model, or it cannot be held as ``model.quantization`` asks.
     """
+    stage = deepspeed_config["zero_optimization"]["stage"]
+    check_quantization(options, stage)
     # transformers looks for this object while it loads, and drops it again with the last reference.
-    zero3 = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config["zero_optimization"]["stage"] == 3 else None
+    zero3 = HfDeepSpeedConfig(deepspeed_config) if stage == 3 else None
     try:
         # The attention implementation is transformers' choice, SDPA where the architecture has it; choose_layout looks
         # at what it does.
-        model = AutoModelForCausalLM.from_pretrained(resolve_path(options), dtype=getattr(torch, options.dtype.value))
+        model = read_base(resolve_path(options), options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"model.path={options.path}: no causal language model could be loaded ({_first_line(error)})"
