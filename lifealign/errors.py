@@ -47,7 +47,7 @@ def storage_failed(folder: Path, error: Exception) -> StorageFailed:
 
 
 class Interrupted(Exception):
-    """A signal asked the run to end, and all that it had done is saved. Raised on every rank.
+    """A signal asked the work to end, and all that was done of it is saved. Raised on every rank.
 
     Commands print the text alone and exit with status 128 plus the number of the signal.
     """
@@ -55,6 +55,10 @@ class Interrupted(Exception):
     def __init__(self, text: str, signal: int) -> None:
         super().__init__(text)
         self.signal = signal
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int]]:
+        """Ranks send each other their errors, and an exception with two arguments is not put together again by itself."""
+        return type(self), (str(self), self.signal)
 
 
 def check_name(key: str, name: str) -> None:

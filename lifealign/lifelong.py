@@ -146,7 +146,7 @@ class Lifelong:
                 self._save()
 
     def _stop_if_asked(self) -> None:
-        received = next((number for number in distributed.gather_objects(self.signals.received) if number is not None), None)
+        received = self.signals.anywhere()
         if received is not None:
             where = f"task {self.position.task + 1}, {self.position.phase}"
             text = f"{self.folder}: stopped by {Signals(received).name} and saved ({where}); the same command goes on"

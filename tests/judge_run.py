@@ -11,7 +11,7 @@ import logging
 import sys
 from pathlib import Path
 
-from lifealign.errors import UserError
+from lifealign.command import exit_codes
 from lifealign.evaluation.judge import Item, JudgeOptions, judge_answers
 
 
@@ -22,11 +22,8 @@ def items(count: int) -> list[Item]:
 if __name__ == "__main__":
     if "debug" in sys.argv:
         logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
-    try:
+    with exit_codes():
         result = judge_answers(
             JudgeOptions(**json.loads(sys.argv[1])), items(int(sys.argv[3])), task="instruct", folder=Path(sys.argv[2])
         )
-    except UserError as mistake:
-        print(mistake)
-        sys.exit(2)
-    print(json.dumps(dataclasses.asdict(result)))
+        print(json.dumps(dataclasses.asdict(result)))

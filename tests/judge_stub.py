@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -60,15 +61,21 @@ class JudgeStub:
     Args:
         faults: what goes wrong for an item, attempt by attempt.
         answer: the reply to a message that nothing goes wrong with; its item's grade by default.
+        honours_keys: whether a usable reply is given again, and not counted again, to a request with the same Idempotency-Key.
     """
 
-    def __init__(self, faults: Faults = well_behaved, answer: Callable[[str], str] | None = None) -> None:
+    def __init__(
+        self, faults: Faults = well_behaved, answer: Callable[[str], str] | None = None, *, honours_keys: bool = False
+    ) -> None:
         self.faults, self.answer = faults, answer or (lambda message: str(grade(name(message))))
+        self.honours_keys, self.replied = honours_keys, set[str]()
+        self.keys: dict[str, list[str]] = defaultdict(list)  # Idempotency-Key of requests, by item
         self.requests: Counter[str] = Counter()  # by item
         self.completions: Counter[str] = Counter()  # of usable replies, counted just before they are sent
         self.times: dict[str, list[float]] = defaultdict(list)  # of requests, by item
         self.authorizations: set[str] = set()
         self.bodies: list[dict[str, Any]] = []
+        self.before: Any = None  # what a test notes between two evaluations
         self.busiest = 0  # most requests that were under way at once
         self.reached: dict[int, threading.Event] = defaultdict(threading.Event)  # number of completions -> set when there
         self._busy, self._lock, self._over = 0, threading.Lock(), threading.Event()
@@ -91,13 +98,14 @@ class JudgeStub:
         self._thread.join()
         self._server.server_close()
 
-    def arrived(self, item: str, authorization: str, body: dict[str, Any]) -> str | None:
+    def arrived(self, item: str, headers: Message, body: dict[str, Any]) -> str | None:
         """What goes wrong with this request, if anything."""
         with self._lock:
             attempt = self.requests[item]
             self.requests[item] += 1
             self.times[item].append(time.monotonic())
-            self.authorizations.add(authorization)
+            self.authorizations.add(headers["Authorization"])
+            self.keys[item].append(headers["Idempotency-Key"])
             self.bodies.append(body)
             self._busy += 1
             self.busiest = max(self.busiest, self._busy)
@@ -110,8 +118,11 @@ class JudgeStub:
         with self._lock:
             self._busy -= 1
 
-    def completed(self, item: str) -> None:
+    def completed(self, item: str, key: str) -> None:
         with self._lock:
+            if self.honours_keys and key in self.replied:
+                return
+            self.replied.add(key)
             self.completions[item] += 1
             self.reached[self.completions.total()].set()
 
@@ -156,12 +167,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, {"error": {"message": "no such place"}})
         message = body["messages"][-1]["content"]
         item = name(message)
-        fault = self.judge.arrived(item, self.headers["Authorization"], body)
+        fault = self.judge.arrived(item, self.headers, body)
         try:
-            if fault in (None, "slow"):
-                self.judge.stall(0.05 if fault else 0)
+            if fault in (None, "slow", "late"):
+                self.judge.stall(0.05 if fault == "slow" else 0)
                 reply = self.judge.answer(message)
-                self.judge.completed(item)
+                self.judge.completed(item, self.headers["Idempotency-Key"])
+                self.judge.stall(0.2 if fault == "late" else 0)  # billed, and not yet there
                 self._send(200, completion(reply))
             else:
                 self._misbehave(str(fault))

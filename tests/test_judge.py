@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from email.utils import formatdate
 from itertools import product
@@ -19,7 +20,7 @@ import yaml
 from judge_run import items
 from judge_stub import FOR_EVER, JudgeStub, grade, name, trouble
 
-from lifealign.errors import UserError
+from lifealign.errors import Interrupted, UserError
 from lifealign.evaluation.judge import (
     Budget,
     Duel,
@@ -57,42 +58,116 @@ def item(number: int) -> str:
     return f"item-{number}"
 
 
-# Killed and given again
+# Ended and given again
+
+
+def given_again(stub: JudgeStub, folder: Path, count: int, number: int, *, after: int) -> tuple[int, str, dict[str, Any]]:
+    """Start an evaluation, send it a signal after some replies, and give it again. Returns how it ended, what it said of that,
+    and what came of it at last."""
+    given = {"base_url": stub.url, "model": "stub", "backoff": 0.01, "timeout": 4.0, "concurrency": 8}
+    words = [sys.executable, RUN, json.dumps(given), str(folder), str(count)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert stub.reached[after].wait(120)
+    os.kill(process.pid, number)
+    told = process.communicate(timeout=60)[1]
+    stub.settle()  # requests that had arrived are answered, and counted, all the same
+    stub.before = (len(lines(folder)), stub.completions.copy(), stub.requests.copy())
+    again = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0, again.stderr
+    return process.returncode, told, json.loads(again.stdout)
+
+
+def mean_grade(count: int) -> Any:
+    return pytest.approx(10 * sum(grade(item(number)) for number in range(count)) / count, rel=1e-12)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_an_evaluation_that_is_asked_to_end_bills_every_item_once(tmp_path: Path, number: int) -> None:
+    """500 items; a third of them meets 429, 500, an unusable reply, a reset, half a reply or slowness. After 200 replies the
+    evaluation is asked to end. What is under way is waited for and kept, and an item whose attempt fails then is not asked
+    again. So by the server's own count each item is billed once, and the figure is the mean of the server's grades."""
+    count = 500
+    with JudgeStub(trouble) as stub:
+        code, told, result = given_again(stub, tmp_path, count, number, after=200)
+    kept, billed, asked = stub.before
+    assert code == 128 + number
+    assert told == (
+        f"error: judge: stopped by {signal.Signals(number).name}, {count - kept} of {count} questions have no verdict yet; "
+        "verdicts so far are kept, and the same command goes on\n"
+    )
+    assert 200 <= kept == billed.total() < 300  # it did stop
+    assert stub.completions == {item(number): 1 for number in range(count)}
+    assert (result["score"], result["failures"], result["cached"]) == (mean_grade(count), {}, kept)
+    assert result["requests"] == stub.requests.total() - asked.total()
+    assert len(lines(tmp_path)) == count
+
+
+def test_nothing_is_sent_after_the_signal_and_what_is_under_way_is_kept(tmp_path: Path) -> None:
+    """Three requests under way; the signal comes as the first of them is about to be answered, two thirds of a second before
+    the others. Item 2 is refused then, and not asked again."""
+    asked = threading.Barrier(3)
+
+    def answer(message: str) -> str:
+        asked.wait(30)
+        if name(message) == item(0):
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            time.sleep(0.6)
+        return "not now" if name(message) == item(2) else "7"
+
+    with JudgeStub(answer=answer) as stub, pytest.raises(Interrupted, match=r"SIGTERM, 8 of 10 questions") as stopped:
+        judged(stub, tmp_path, 10, concurrency=3)
+    assert stopped.value.signal == signal.SIGTERM
+    assert stub.requests == {item(number): 1 for number in range(3)}
+    assert len(lines(tmp_path)) == 2
 
 
 def test_a_killed_evaluation_goes_on_and_bills_again_only_what_was_under_way(tmp_path: Path) -> None:
-    """500 items; a third of them meets 429, 500, an unusable reply, a reset, half a reply or slowness, and one of the
-    last is not answered at all at first. The process is killed after 200 replies, and the evaluation is given again.
+    """As above, with SIGKILL, which leaves no time to wait; and one of the last items is not answered at all at first.
 
-    What the server had answered and the dead process had not kept is billed twice. There is no way around that, and no more of
-    it than requests under way: 8. Everything else is answered exactly once, and the figure is the mean of the server's grades.
+    What the server had answered and the dead process had not kept is billed twice. There is no way around that from here, and
+    no more of it than requests under way: 8. Everything else is answered exactly once, and the figure is as above.
     """
-    concurrency, count, late = 8, 500, item(450)
+    count, late = 500, item(450)
     with JudgeStub(lambda asked: ["stall"] if asked == late else trouble(asked)) as stub:
-        given = {"base_url": stub.url, "model": "stub", "backoff": 0.01, "timeout": 4.0, "concurrency": concurrency}
-        words = [sys.executable, RUN, json.dumps(given), str(tmp_path), str(count)]
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-        assert stub.reached[200].wait(120)
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        stub.settle()  # requests that had arrived are answered, and counted, all the same
-        kept, billed, sent = len(lines(tmp_path)), stub.completions.copy(), stub.requests.total()
-        assert late not in stub.requests and billed.total() >= 200
-
-        again = subprocess.run(words, capture_output=True, text=True, timeout=240)
-        assert again.returncode == 0, again.stderr
-        result = json.loads(again.stdout)
-
-    assert 0 <= billed.total() - kept <= concurrency
+        code, _, result = given_again(stub, tmp_path, count, signal.SIGKILL, after=200)
+    kept, billed, asked = stub.before
+    assert code == -signal.SIGKILL
+    assert late not in asked and billed.total() >= 200
+    assert 0 <= billed.total() - kept <= 8
     assert set(stub.completions) == {item(number) for number in range(count)}
     assert stub.completions.total() == count + billed.total() - kept
     assert max(stub.completions.values()) <= 2
     assert {asked for asked, times in stub.completions.items() if times == 2} <= set(billed)
-
-    assert result["score"] == pytest.approx(10 * sum(grade(item(number)) for number in range(count)) / count, rel=1e-12)
-    assert (result["failures"], result["cached"], result["requests"]) == ({}, kept, stub.requests.total() - sent)
+    assert (result["score"], result["failures"], result["cached"]) == (mean_grade(count), {}, kept)
+    assert result["requests"] == stub.requests.total() - asked.total()
     assert stub.requests[late] == 2
     assert len(lines(tmp_path)) == count
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_is_billed_once_where_the_server_honours_keys(tmp_path: Path) -> None:
+    """Here every reply takes its time once it is billed, so the kill comes while some are: they are asked for again, with
+    the same key, and not billed again."""
+    count = 60
+    with JudgeStub(lambda _: ["late"], honours_keys=True) as stub:
+        code, _, result = given_again(stub, tmp_path, count, signal.SIGKILL, after=20)
+    kept, billed, _ = stub.before
+    assert code == -signal.SIGKILL and kept < billed.total() < count
+    assert stub.requests.total() == count + billed.total() - kept
+    assert stub.completions == {item(number): 1 for number in range(count)}
+    assert result["score"] == mean_grade(count)
+
+
+def test_a_request_has_another_key_once_the_one_before_was_answered(tmp_path: Path) -> None:
+    """A server that honours keys would give the same useless reply again; after a broken connection it is to give the one
+    that got lost."""
+    with JudgeStub(lambda asked: ["reset", "garbage", "half", "500"] if asked == item(0) else []) as stub:
+        judged(stub, tmp_path, 2)
+    keys = {json.loads(line)["key"] for line in lines(tmp_path)}
+    (first,), (other,) = set(stub.keys[item(0)][:2]), stub.keys[item(1)]
+    assert stub.keys[item(0)] == [first, first, f"{first}-1", f"{first}-1", f"{first}-2"]
+    assert keys == {first, other}
 
 
 # Failures

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from judge_stub import JudgeStub
 from support import QUICK, end_here, train_here
 
 from lifealign.command import hydra_command
+from lifealign.errors import Interrupted
 from lifealign.rescore import rescore
 from lifealign.run import train
 
@@ -60,6 +63,41 @@ def test_a_run_is_judged_and_the_key_is_nowhere(tmp_path: Path, monkeypatch: pyt
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any("wandb" in str(path) for path in files)
     assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
+
+
+def test_a_signal_while_the_judge_is_asked_ends_after_the_replies_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server sends SIGTERM with its first reply: to a training, in the scoring of its first task, and to a rescoring by
+    another judge. Both end after that reply, with 143 and without a figure. Given again, each asks the rest: both judges
+    were billed for each message once."""
+    monkeypatch.setenv("JUDGE_CANARY", CANARY)
+    kills = [signal.SIGTERM]
+
+    def answer(message: str) -> str:
+        if kills:
+            os.kill(os.getpid(), kills.pop())
+        return marked(message)
+
+    run = tmp_path / "run"
+    with JudgeStub(answer=answer) as stub:
+        where = (f"evaluation.judge.base_url={stub.url}", f"cache.dir={tmp_path / 'cache'}", f"run.dir={run}")
+        arguments = (*QUICK, *JUDGED, "evaluation.judge.concurrency=1", *where)
+        ended = end_here(lambda: hydra_command(train), *arguments)
+        assert (ended.code, ended.err.count("\n")) == (143, 1)
+        assert "judge: stopped by SIGTERM, 3 of 4 questions have no verdict yet" in ended.err
+        assert stub.requests.total() == 1 and not (run / "scores.json").exists()
+        assert end_here(lambda: hydra_command(train), *arguments).code == 0
+        assert set(stub.completions.values()) == {1}
+        billed = stub.completions.total()
+
+        kills.append(signal.SIGTERM)
+        other = ["evaluation.judge.model=other"]
+        with pytest.raises(Interrupted):
+            rescore(run, other)
+        assert stub.completions.total() == billed + 1 and not (run / "rescored" / "scores.json").exists()
+        rescore(run, other)
+    assert set(stub.completions.values()) == {2}
 
 
 def test_a_missing_key_is_told_before_anything_is_trained(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lifealign.evaluation.scores import ScoreBook, closing_rows, format_score, m
 from lifealign.export.licences import data_source
 from lifealign.export.markdown import escaped, fenced, table
 from lifealign.export.reload import Reload
-from lifealign.models.options import ModelOptions
+from lifealign.models.options import ModelOptions, Quantization
 from lifealign.run import versions
 from lifealign.runtime.files import read_json
 
@@ -127,17 +127,23 @@ def _label(metric: str) -> str:
 
 def _loading(subject: Subject, model: ModelOptions) -> str:
     """Code that loads the folder; paths are literals of Python, whatever is in them."""
-    base, dtype = repr(model.path), repr(model.dtype.value)
+    base, dtype, quantised = repr(model.path), repr(model.dtype.value), model.quantization is not Quantization.none
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += [f"folder = {subject.title!r}  # where this folder lies"]
     if subject.merged:
-        lines += [f"model = AutoModelForCausalLM.from_pretrained(folder, dtype={dtype})"]
+        lines += [f"model = AutoModelForCausalLM.from_pretrained(folder, dtype={dtype if not quantised else repr('auto')})"]
     else:
         lines.insert(0, "from peft import PeftModel")
         if model.path == BUNDLED:
             lines.insert(0, "from lifealign.assets import TINY_MODEL")
             base = "TINY_MODEL"
-        lines += [f"base = AutoModelForCausalLM.from_pretrained({base}, dtype={dtype})"]
+        how = f"dtype={dtype}"
+        if quantised:
+            lines[1] = "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig"
+            settings = f"load_in_4bit=True, bnb_4bit_quant_type={model.quantization.value!r}, bnb_4bit_use_double_quant=True"
+            lines += [f"in_4_bits = BitsAndBytesConfig({settings}, bnb_4bit_compute_dtype={dtype})"]
+            how += ", quantization_config=in_4_bits"
+        lines += [f"base = AutoModelForCausalLM.from_pretrained({base}, {how})"]
         lines += ["model = PeftModel.from_pretrained(base, folder)"]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
     return fenced("\n".join(lines), "python")

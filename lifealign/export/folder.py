@@ -7,17 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from lifealign.config import Config, build, load_run, resolved
 from lifealign.errors import UserError
 from lifealign.export.card import Subject, model_card
-from lifealign.export.reload import check_reload, take_probe
+from lifealign.export.reload import check_reload, merged_dtype, take_probe
 from lifealign.memory.edit import finished_adapters, task_adapter
 from lifealign.models.adapter import ADDED, copy_adapter
 from lifealign.models.loading import load_tokenizer, resolve_path
+from lifealign.models.options import Quantization
+from lifealign.models.quantization import read_base
 from lifealign.runtime import distributed
 from lifealign.runtime.files import replace_folder, write_text
 from lifealign.runtime.terminal import console
@@ -78,12 +78,14 @@ def _beside(to: Path) -> Iterator[Path]:
 
 
 def _write(folder: Path, adapter: Path, config: Config, *, merge: bool) -> None:
-    """Weights and tokenizer. Merged weights are in the base's dtype: one rounding of what the adapter adds."""
+    """Weights and tokenizer. Merged weights are in the base's dtype, or in bfloat16 where it is in 4 bits: one rounding of
+    what the adapter adds."""
     if merge:
-        dtype = getattr(torch, config.model.dtype.value)
-        safe = {"trust_remote_code": config.model.trust_remote_code, "use_safetensors": True}
-        base = AutoModelForCausalLM.from_pretrained(resolve_path(config.model), dtype=dtype, **safe)
-        PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().save_pretrained(folder)
+        base = read_base(resolve_path(config.model), config.model)
+        if config.model.quantization is not Quantization.none:
+            base = base.dequantize().float()
+        whole = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+        whole.to(merged_dtype(config.model)).save_pretrained(folder)
     else:
         copy_adapter(adapter, folder)
     load_tokenizer(config.model).save_pretrained(folder)

@@ -16,8 +16,9 @@ from lifealign.config import Config
 from lifealign.errors import UserError
 from lifealign.models.adapter import load_adapter
 from lifealign.models.loading import attach_lora, load_base, load_tokenizer, resolve_path
-from lifealign.models.options import BaseDtype
+from lifealign.models.options import BaseDtype, ModelOptions, Quantization
 from lifealign.models.policy import Policy
+from lifealign.models.quantization import read_base
 from lifealign.runtime import distributed
 from lifealign.runtime.engine import ZeroOptions, deepspeed_config
 from lifealign.runtime.files import read_json_lines
@@ -89,9 +90,19 @@ def check_reload(folder: Path, probe: Probe, config: Config, *, merge: bool) -> 
         raise UserError(f"the exported tokenizer gives other tokens than that of model.path={config.model.path}")
     found = _exported_logps(folder, config, probe.rows, merge=merge)
     worst = max(_distance([a], [b]) for a, b in zip(found, probe.wanted, strict=True))
-    reload = Reload(len(probe.rows), worst, _distance(probe.wanted, probe.base), TOLERANCE[config.model.dtype])
+    reload = Reload(len(probe.rows), worst, _distance(probe.wanted, probe.base), _tolerance(config.model, merge=merge))
     _refuse(reload, _distance(found, probe.wanted), config, merge=merge)
     return reload
+
+
+def merged_dtype(options: ModelOptions) -> torch.dtype:
+    """Of merged weights: the base's, or bfloat16 where the base is in 4 bits."""
+    quantised = options.quantization is not Quantization.none
+    return torch.bfloat16 if quantised else getattr(torch, options.dtype.value)
+
+
+def _tolerance(options: ModelOptions, *, merge: bool) -> float:
+    return TOLERANCE[BaseDtype(str(merged_dtype(options)).removeprefix("torch."))] if merge else TOLERANCE[options.dtype]
 
 
 def _refuse(reload: Reload, drift: float, config: Config, *, merge: bool) -> None:
@@ -100,7 +111,7 @@ def _refuse(reload: Reload, drift: float, config: Config, *, merge: bool) -> Non
     if not reload.drift <= reload.tolerance:
         raise UserError(
             f"the exported model's log-probabilities differ from the run's by {reload.drift:.2g} nats a token, more than "
-            f"the tolerance of {reload.tolerance:g} for {config.model.dtype.value}; nothing was written{fix}"
+            f"the tolerance of {reload.tolerance:g}; nothing was written{fix}"
         )
     # An adapter may move log-probabilities by less than the tolerance, and then being near says nothing.
     if reload.effect > NOTHING and not drift < reload.effect:
@@ -144,14 +155,13 @@ def _policy_logps(adapter: Path, config: Config, rows: Sequence[list[int]]) -> t
 
 def _exported_logps(folder: Path, config: Config, rows: Sequence[list[int]], *, merge: bool) -> list[torch.Tensor]:
     """As whoever receives the folder loads it; merged weights in the dtype that they say they are in."""
-    dtype, safe = getattr(torch, config.model.dtype.value), {"trust_remote_code": config.model.trust_remote_code}
     if merge:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **safe)
+        dtype, trust = merged_dtype(config.model), config.model.trust_remote_code
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust)
         if model.dtype != dtype:
-            raise UserError(f"the exported weights are {model.dtype}, the base is {dtype}; nothing was written")
+            raise UserError(f"the exported weights are {model.dtype} and not {dtype}; nothing was written")
     else:
-        base = AutoModelForCausalLM.from_pretrained(resolve_path(config.model), dtype=dtype, use_safetensors=True, **safe)
-        model = PeftModel.from_pretrained(base, str(folder))
+        model = PeftModel.from_pretrained(read_base(resolve_path(config.model), config.model), str(folder))
     return list(_logps(model.to(distributed.device()).eval(), rows))
 
 

@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 
 from lifealign.models.policy import Policy, gathered
+from lifealign.models.quantization import quantised_tensors
 from lifealign.runtime import distributed
 
 FORMAT = 1
@@ -53,10 +54,13 @@ def base_hash(policy: Policy) -> str:
 
 
 def _base_tensors(base: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, tied ones once, and buffers that a checkpoint would hold, under the names they have without an adapter."""
+    """Parameters, tied ones once, what belongs to quantised ones, and buffers that a checkpoint would hold, under the names
+    they have without an adapter."""
     for name, parameter in base.named_parameters():
         if "lora_" not in name:
-            yield name.replace(".base_layer.", "."), parameter
+            plain = name.replace(".base_layer.", ".")
+            yield plain, parameter
+            yield from quantised_tensors(plain, parameter)
     for place, module in base.named_modules():
         for name, buffer in module.named_buffers(place, recurse=False):
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set and "lora_" not in name:

@@ -23,6 +23,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from lifealign.assets import TINY_MODEL
 from lifealign.errors import UserError, did_you_mean
 from lifealign.models.options import LoraOptions, ModelOptions
+from lifealign.models.quantization import check_quantization, read_base
 from lifealign.runtime.terminal import console
 
 log = logging.getLogger(__name__)
@@ -125,31 +126,26 @@ def load_base(options: ModelOptions, deepspeed_config: dict[str, Any]) -> PreTra
     model is run where ``model.trust_remote_code`` says so, and a line says that it is.
 
     Raises:
-        UserError: where there is no such model, or its weights are not those of its configuration, all of them.
+        UserError: where there is no such model, its weights are not those of its configuration, all of them, or it cannot be
+            held as ``model.quantization`` asks.
     """
     check_model_config(options)
+    stage = deepspeed_config["zero_optimization"]["stage"]
+    check_quantization(options, stage)
     if options.trust_remote_code:
         log.warning("model.trust_remote_code=true: code that comes with %s may run", options.path)
         console.print(f"model.trust_remote_code=true: code that comes with {options.path} may run", markup=False)
     # transformers looks for this object while it loads, and drops it again with the last reference.
-    zero3 = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config["zero_optimization"]["stage"] == 3 else None
+    zero3 = HfDeepSpeedConfig(deepspeed_config) if stage == 3 else None
     try:
         # The attention implementation is transformers' choice, SDPA where the architecture has it; choose_layout looks
         # at what it does.
-        model, found = AutoModelForCausalLM.from_pretrained(
-            resolve_path(options),
-            dtype=getattr(torch, options.dtype.value),
-            trust_remote_code=options.trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        model = read_base(resolve_path(options), options)
+    except UserError:
+        raise
     except Exception as error:  # as above
         raise UserError(f"model.path={options.path}: no causal language model could be loaded ({_reason(error)})") from error
     del zero3
-    missing = sorted({*found["missing_keys"], *(str(name) for name, *_ in found["mismatched_keys"])})
-    if missing:  # the library would make them up
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"model.path={options.path}: its files lack the weights {missing[0]}{more}; take it from where it came")
     model.requires_grad_(False)
     model.config.use_cache = False
     return model

@@ -19,6 +19,14 @@ class BaseDtype(Enum):
     bfloat16 = "bfloat16"
 
 
+class Quantization(Enum):
+    """How the frozen base's linear layers are held: in ``model.dtype``, or in 4 bits by bitsandbytes."""
+
+    none = "none"
+    nf4 = "nf4"
+    fp4 = "fp4"
+
+
 @dataclass
 class LoraOptions:
     """``model.lora.*``."""
@@ -46,6 +54,7 @@ class ModelOptions:
     name: str = "custom"
     path: str = MISSING  # folder, hub name, or "bundled" for the demonstration model shipped with the package
     dtype: BaseDtype = BaseDtype.float32
+    quantization: Quantization = Quantization.none  # with 4 bits, dtype is that of everything else and of the arithmetic
     row_layout: RowLayout = RowLayout.auto
     gradient_checkpointing: bool = False  # recompute activations in backward: slower, and far less memory
     trust_remote_code: bool = False  # run code that comes with the model; a line says so

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType, TracebackType
 
+from lifealign.runtime import distributed
 from lifealign.runtime.watchdog import here
 
 ASKING = (signal.SIGTERM, signal.SIGINT)
@@ -40,7 +42,11 @@ def between_batches() -> None:
 
 
 class StopSignals:
-    """Inside, SIGTERM and SIGINT are only noted. One that comes ``AGAIN_SECONDS`` later ends the process at once."""
+    """Inside, SIGTERM and SIGINT are only noted. One that comes ``AGAIN_SECONDS`` later ends the process at once.
+
+    Where one is inside another, the inner one alone takes note. Outside the main thread, where Python allows no handlers,
+    nothing is noted.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -48,12 +54,17 @@ class StopSignals:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._note) for number in ASKING}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in ASKING}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def anywhere(self) -> int | None:
+        """The signal that this rank or another one has noted. Call on every rank."""
+        return next((number for number in distributed.gather_objects(self.received) if number is not None), None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:

@@ -16,6 +16,8 @@ from lifealign.data.tasks import Task
 from lifealign.memory import Space
 from lifealign.models.adapter import factor_shapes
 from lifealign.models.loading import attach_lora, make_skeleton
+from lifealign.models.options import ModelOptions, Quantization
+from lifealign.models.quantization import BITS
 from lifealign.runtime import distributed
 from lifealign.strategies.lifealign import LifeAlign
 from lifealign.validate.work import TaskWork
@@ -49,6 +51,7 @@ def estimate(config: Config, tasks: Sequence[Task], work: Sequence[TaskWork], ra
         skeleton = make_skeleton(config.model)
         base = sum(p.numel() for p in skeleton.parameters())
         body = base - sum(p.numel() for p in {*_embeddings(skeleton)})
+        base_bytes = _base_bytes(skeleton, config.model)
         model = attach_lora(skeleton, config.strategy.lora(config.model.lora, len(tasks)), seed=config.seed)
     factors, dtype = sum(shape.numel() for shape in factor_shapes(model).values()), getattr(torch, config.model.dtype.value)
     stage = config.zero.stage
@@ -58,7 +61,7 @@ def estimate(config: Config, tasks: Sequence[Task], work: Sequence[TaskWork], ra
     tokens = sum((FORWARD + BACKWARD + again) * task.trained_tokens + FORWARD * task.read_tokens for task in work)
     operations, rate = float(body) * tokens, product_rate(dtype)
     return Estimate(
-        base=int(base * dtype.itemsize / (ranks if stage == 3 else 1)),
+        base=int(base_bytes / (ranks if stage == 3 else 1)),
         adapter=int(factors * FLOAT32 * (1 + gradient + optimizer)),
         memory=memory,
         disk=disk + (len(tasks) + 1 + config.checkpoint.keep) * factors * FLOAT32,
@@ -72,6 +75,14 @@ def _embeddings(model: PreTrainedModel) -> Iterator[nn.Parameter]:
     """Those of the input, which are looked up, and of the output, which meets few tokens; the same where they are tied."""
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         yield from module.parameters()
+
+
+def _base_bytes(model: PreTrainedModel, options: ModelOptions) -> float:
+    """Of its parameters, in the dtype or the 4 bits that a configuration asks for."""
+    linear = {module.weight for module in model.modules() if isinstance(module, nn.Linear)} - {*_embeddings(model)}
+    packed = sum(weight.numel() for weight in linear) if options.quantization is not Quantization.none else 0
+    whole = sum(p.numel() for p in model.parameters()) - packed
+    return whole * getattr(torch, options.dtype.value).itemsize + packed * BITS / 8
 
 
 def product_rate(dtype: torch.dtype) -> float:

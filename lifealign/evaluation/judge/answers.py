@@ -86,6 +86,7 @@ def judge_answers(
 
     Raises:
         UserError: where the options do not name a usable judge, or its budget is spent. Verdicts so far are kept.
+        Interrupted: where SIGTERM or SIGINT came while an endpoint was asked, once the replies under way are kept.
     """
     options.check()
     text = criterion(options.rubrics, task, of)

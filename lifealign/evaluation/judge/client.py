@@ -36,11 +36,16 @@ class NoVerdict(Exception):
 
 
 class Passing(NoVerdict):
-    """What another attempt may mend. ``retry_after``: seconds that the endpoint asks us to wait."""
+    """What another attempt may mend.
 
-    def __init__(self, reason: str, retry_after: float = 0.0) -> None:
+    Args:
+        retry_after: seconds that the endpoint asks us to wait.
+        answered: whether the endpoint is known to have dealt with the request; the next one is then another request to it.
+    """
+
+    def __init__(self, reason: str, retry_after: float = 0.0, *, answered: bool = True) -> None:
         super().__init__(reason)
-        self.retry_after = retry_after
+        self.retry_after, self.answered = retry_after, answered
 
 
 def read_key(options: JudgeOptions) -> str:
@@ -58,7 +63,7 @@ def read_key(options: JudgeOptions) -> str:
 
 
 class Endpoint:
-    """A judge behind a URL; for any number of threads. ``stopping`` ends waits and further attempts once it is set."""
+    """A judge behind a URL; for any number of threads. Once ``stopping`` is set waits end, and no request is sent any more."""
 
     def __init__(self, options: JudgeOptions, budget: Budget) -> None:
         assert options.base_url is not None and options.model is not None, "JudgeOptions.check comes first"
@@ -91,8 +96,18 @@ class Endpoint:
             sleep=sleep_using_event(self.stopping),
             reraise=True,
         )
+        answered = 0
+
+        def attempt() -> str:
+            nonlocal answered
+            try:
+                return self._once(question, self.key(question) + (f"-{answered}" if answered else ""))
+            except Passing as failure:
+                answered += failure.answered
+                raise
+
         try:
-            return retrying(self._once, question)
+            return retrying(attempt)
         except Passing as failure:
             if failure.reason == "no connection" and not self._reached and not self.stopping.is_set():
                 raise UserError(
@@ -101,16 +116,23 @@ class Endpoint:
                 ) from None
             raise
 
-    def _once(self, question: Question) -> str:
+    def _once(self, question: Question, idempotency_key: str) -> str:
+        """One request. An endpoint that knows idempotency keys answers two requests with the same one once: the second gets
+        what the first did, also where nobody was there to read it."""
+        if self.stopping.is_set():
+            raise NoVerdict("stopped")
         self.budget.take()
         try:
             response = self._client.chat.completions.with_raw_response.create(
-                model=str(self.options.model), messages=[{"role": "user", "content": question.text}], **self._sampling
+                model=str(self.options.model),
+                messages=[{"role": "user", "content": question.text}],
+                extra_headers={"Idempotency-Key": idempotency_key},
+                **self._sampling,
             ).http_response
         except APITimeoutError:
-            raise Passing("time-out") from None
+            raise Passing("time-out", answered=False) from None
         except APIConnectionError:
-            raise Passing("no connection") from None
+            raise Passing("no connection", answered=False) from None
         except APIStatusError as error:
             self._reached = True
             raise self._refusal(error.status_code, _seconds(error.response.headers.get("retry-after"))) from None

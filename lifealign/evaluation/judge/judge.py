@@ -6,12 +6,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from signal import Signals
 
-from lifealign.errors import UserError
+from lifealign.errors import Interrupted, UserError
 from lifealign.evaluation.judge.answers import Item, JudgeResult, check_judge, judge_answers
 from lifealign.evaluation.judge.budget import Budget
 from lifealign.evaluation.judge.options import JudgeOptions
 from lifealign.runtime import distributed
+from lifealign.runtime.signals import StopSignals
 
 log = logging.getLogger(__name__)
 
@@ -44,17 +46,27 @@ class Judge:
 
         Raises:
             UserError: on every rank, where the budget is spent, the endpoint cannot be used, or nothing could be graded.
+            Interrupted: on every rank, where one of them received SIGTERM or SIGINT meanwhile; verdicts so far are kept.
         """
         result: JudgeResult | None = None
-        with distributed.failing_together(UserError):
-            if distributed.is_main():
-                of, where = self.tasks[task], self.folder
-                result = judge_answers(self.options, items, task=task, of=of, folder=where, budget=self.budget)
-                reasons = ", ".join(f"{reason}: {count}" for reason, count in result.failures.items())
-                if result.score is None:
-                    raise UserError(f"evaluation.judge: no answer of task '{task}' could be graded ({reasons})")
-                if result.failed:
-                    log.warning("judge: %d of %d answers of %s have no grade (%s)", result.failed, len(items), task, reasons)
-        result = distributed.broadcast_object(result)
+        with StopSignals() as signals:  # on all ranks: a launcher tells all, and none may be missing when rank 0 has ended
+            with distributed.failing_together(UserError, Interrupted):
+                if distributed.is_main():
+                    result = self._grade_here(task, items)
+            result, received = distributed.broadcast_object(result), signals.anywhere()
+        if received is not None:
+            raise Interrupted(
+                f"judge: stopped by {Signals(received).name}; verdicts are kept, and the same command goes on", received
+            )
         assert result is not None
+        return result
+
+    def _grade_here(self, task: str, items: Sequence[Item]) -> JudgeResult:
+        of, where = self.tasks[task], self.folder
+        result = judge_answers(self.options, items, task=task, of=of, folder=where, budget=self.budget)
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in result.failures.items())
+        if result.score is None:
+            raise UserError(f"evaluation.judge: no answer of task '{task}' could be graded ({reasons})")
+        if result.failed:
+            log.warning("judge: %d of %d answers of %s have no grade (%s)", result.failed, len(items), task, reasons)
         return result
