@@ -19,12 +19,12 @@ from test_report import Tags
 
 from lifealign.comparison.command import main, write_comparison
 from lifealign.comparison.figures import draw_scores, sensitivity
-from lifealign.comparison.page import interval_text
 from lifealign.comparison.ranking import Comparison
 from lifealign.comparison.runs import read_runs
 from lifealign.errors import UserError
 from lifealign.evaluation.scores import ScoreBook
 from lifealign.runtime.files import write_json, write_json_lines
+from lifealign.study.table import interval_text
 
 # -- runs written by hand ----------------------------------------------------------------------------------------------
 

@@ -17,10 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from lifealign.comparison.ranking import FIGURES, Comparison, written
 from lifealign.comparison.runs import LeftOut, Run
 from lifealign.evaluation.scores import format_score
-from lifealign.study.statistics import Interval
-from lifealign.study.table import decimals, label
-
-DASH = "–"
+from lifealign.study.table import decimals, interval_text, label
 
 HOW_TO_READ = (
     "Last: mean score over the tasks at the end. BWT: mean change since each earlier task was trained. AP: mean over the steps "
@@ -106,16 +103,6 @@ def _scores(comparison: Comparison, run: Run, figures: Sequence[tuple[str, str]]
 
 def _difference(comparison: Comparison, run: Run, metric: str, figure: str) -> Cell:
     return Cell(interval_text(comparison.difference(run, metric, figure), decimals(metric)))
-
-
-def interval_text(interval: Interval | None, places: int) -> str:
-    """``1.20 [0.10, 2.30] †``; the mean alone where there is no interval."""
-    if interval is None:
-        return DASH
-    mean, low, high = (format_score(value, places) for value in interval)
-    if interval.low is None:
-        return mean
-    return f"{mean} [{low}, {high}]{' †' if interval.excludes_zero else ''}"
 
 
 def _settings(comparison: Comparison) -> Block:

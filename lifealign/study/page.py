@@ -10,11 +10,22 @@ from lifealign.evaluation.scores import format_score, metric_info
 from lifealign.study.compare import Table
 from lifealign.study.grid import ANY, Grid
 from lifealign.study.paper import TABLES
-from lifealign.study.statistics import Interval, Summary, places
-from lifealign.study.table import COST, FIGURES, LOGS, SLMC_FIGURES, STABILITY, STEP_FIGURES, decimals, label, metrics
+from lifealign.study.statistics import Summary, places
+from lifealign.study.table import (
+    COST,
+    DASH,
+    FIGURES,
+    LOGS,
+    SLMC_FIGURES,
+    STABILITY,
+    STEP_FIGURES,
+    decimals,
+    interval_text,
+    label,
+    metrics,
+)
 from lifealign.study.tuning import merit
 
-DASH = "–"
 GAPS = {"worst": "Worst accuracy since learned (%)", "end": "Last looked at (%)", "gap": "Gap"}
 COSTS = {"wall_seconds": "Wall clock (s)", "peak_memory_mib": "Peak memory (MiB)", "steps": "Optimiser steps"}
 
@@ -143,18 +154,9 @@ def _differences(grid: Grid, table: Table, metric: str) -> str:
     rows = []
     for theirs in _present(grid, table):
         if theirs != ours:
-            cells = [_interval(table.difference(ours, theirs, metric, figure), decimals(metric)) for figure in FIGURES]
+            cells = [interval_text(table.difference(ours, theirs, metric, figure), decimals(metric)) for figure in FIGURES]
             rows.append([_shown(grid, theirs), *cells])
     return markdown([f"{_shown(grid, ours)} minus", *FIGURES.values()], rows) if rows else ""
-
-
-def _interval(interval: Interval | None, places: int) -> str:
-    if interval is None:
-        return DASH
-    mean, low, high = (format_score(value, places) for value in interval)
-    if interval.low is None:
-        return mean
-    return f"{mean} [{low}, {high}]{' †' if interval.excludes_zero else ''}"
 
 
 def _beside_the_paper(grid: Grid, table: Table) -> Iterator[str]:

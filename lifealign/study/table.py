@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lifealign.evaluation.scores import metric_info
+from lifealign.evaluation.scores import format_score, metric_info
 from lifealign.run import consolidation_summary
 from lifealign.runtime.files import read_json, read_json_lines
 from lifealign.study.grid import ANY
 from lifealign.study.results import Result
+from lifealign.study.statistics import Interval
 
 COLUMNS = ("study", "method", "regime", "sequence", "seed", "metric", "figure", "value")
 FIGURES = {"last": "Last", "bwt": "BWT", "bwt_learned": "BWT, learned tasks", "ap": "AP"}
@@ -27,6 +28,7 @@ SLMC_FIGURES = {
     "share in the span of history": "history_share",
     "refined norm / update norm": "norm_ratio",
 }
+DASH = "–"
 STEP_FIGURES = ("gated_share", "focal_weight")
 
 
@@ -109,6 +111,16 @@ def label(metric: str) -> str:
         return "Mean of the text metrics (0–100)"
     info = metric_info(metric)
     return info.label if info.higher_is_better else f"{info.label} ↓"
+
+
+def interval_text(interval: Interval | None, places: int) -> str:
+    """``1.20 [0.10, 2.30] †``; the mean alone where there is no interval."""
+    if interval is None:
+        return DASH
+    mean, low, high = (format_score(value, places) for value in interval)
+    if interval.low is None:
+        return mean
+    return f"{mean} [{low}, {high}]{' †' if interval.excludes_zero else ''}"
 
 
 def decimals(metric: str) -> int:
