@@ -6,20 +6,23 @@ import json
 import re
 import runpy
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bases import random_base
 from safetensors.torch import load_file
 from support import QUICK, REPOSITORY, Ended, compose_config, end_here, train_here
 from transformers import AutoTokenizer
 
+import lifealign.validate.estimate as estimate_module
 from lifealign.assets import SIX_DOMAINS, TINY_MODEL
 from lifealign.config import Config, build
 from lifealign.data.options import DataOptions
 from lifealign.data.tasks import Task, load_tasks
 from lifealign.data.tokenize import Pair
-from lifealign.validate.estimate import FLOAT32, estimate, product_rate
+from lifealign.validate.estimate import FLOAT32, estimate, layer_rate, product_rate
 from lifealign.validate.examples import CLOSE, OPEN, SHOWN, example, visible
 from lifealign.validate.lengths import LengthRecorder, histogram, length_table
 from lifealign.validate.work import plan_work
@@ -188,6 +191,26 @@ def test_estimates_by_hand() -> None:
     assert two.base == one.base // 2
     assert two.adapter == factors * FLOAT32 * 2.5
     assert two.seconds == pytest.approx(two.operations / two.rate / 2)
+
+
+@pytest.mark.parametrize("architecture", [None, "mistral"])
+def test_the_rate_is_that_of_one_layer(architecture: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two passes a second over two lines of 75 tokens: 2 x 150 x 4 operations a weight of the first layer and the last norm."""
+    config, _ = loaded()
+    folder = TINY_MODEL
+    if architecture is not None:
+        folder = random_base(tmp_path, architecture)
+        config.model.path = str(folder)
+
+    def twice(work: Callable[[], object]) -> float:
+        work()
+        return 2.0
+
+    monkeypatch.setattr(estimate_module, "passes_a_second", twice)
+    weights = load_file(folder / "model.safetensors").items()
+    layer = sum(t.numel() for name, t in weights if ".layers.0." in name or name == "model.norm.weight")
+    assert layer_rate(config, 150) == 2 * 150 * 4 * layer
+    assert layer_rate(config, 5) == 2 * 5 * 4 * layer
 
 
 def test_the_rate_is_measured() -> None:

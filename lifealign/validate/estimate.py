@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,7 @@ FORWARD, BACKWARD = 2, 2
 
 PRODUCT = 1024  # rows and columns of the matrices whose product is timed
 TIMED_SECONDS = 0.5
+ROW_TOKENS = 64  # at least, of a line in the layer that is timed; attention sees no further
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Estimate:
     memory: int  # history of consolidated updates, over all ranks
     disk: int  # what the run directory will hold
     operations: float  # floating-point operations of the whole run in the weights of the layers; attention and head left out
-    rate: float  # of them that a matrix product reaches here in a second, in the base's dtype
-    seconds: float  # for these operations and nothing else, on all ranks at once, each as fast as this one
+    rate: float  # of them in a second, as one layer of the model reached it here in forward and backward
+    seconds: float  # for these operations and nothing else, on all ranks at once, each as fast as this one: too few
 
 
 def estimate(config: Config, tasks: Sequence[Task], work: Sequence[TaskWork], ranks: int) -> Estimate:
@@ -53,13 +54,12 @@ def estimate(config: Config, tasks: Sequence[Task], work: Sequence[TaskWork], ra
         body = base - sum(p.numel() for p in {*_embeddings(skeleton)})
         base_bytes = _base_bytes(skeleton, config.model)
         model = attach_lora(skeleton, config.strategy.lora(config.model.lora, len(tasks)), seed=config.seed)
-    factors, dtype = sum(shape.numel() for shape in factor_shapes(model).values()), getattr(torch, config.model.dtype.value)
-    stage = config.zero.stage
+    factors, stage = sum(shape.numel() for shape in factor_shapes(model).values()), config.zero.stage
     memory, disk = _history(config, len(tasks), factors)
     optimizer, gradient = (2 / ranks if stage >= 1 else 2), (1 / ranks if stage >= 2 else 1)
     again = FORWARD if config.model.gradient_checkpointing else 0
     tokens = sum((FORWARD + BACKWARD + again) * task.trained_tokens + FORWARD * task.read_tokens for task in work)
-    operations, rate = float(body) * tokens, product_rate(dtype)
+    operations, rate = float(body) * tokens, layer_rate(config, _micro_batch_tokens(config, tasks))
     return Estimate(
         base=int(base_bytes / (ranks if stage == 3 else 1)),
         adapter=int(factors * FLOAT32 * (1 + gradient + optimizer)),
@@ -69,6 +69,49 @@ def estimate(config: Config, tasks: Sequence[Task], work: Sequence[TaskWork], ra
         rate=rate,
         seconds=operations / rate / ranks,
     )
+
+
+def _micro_batch_tokens(config: Config, tasks: Sequence[Task]) -> int:
+    """Of a micro-batch of the preference stage, on average."""
+    pairs = [pair for task in tasks for pair in task.train]
+    mean = sum(len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs) / len(pairs)
+    return max(1, round(config.preference.micro_batch_size * mean))
+
+
+def layer_rate(config: Config, tokens: int) -> float:
+    """Operations a second that one layer, of random weights and with its adapter, does in forward and backward of so many
+    tokens: its own small products, norms and attention, where a large matrix product would promise too much.
+
+    Of a large layer it takes fewer tokens, so that a pass is not much longer than ``TIMED_SECONDS``.
+    """
+    shapes = AutoConfig.from_pretrained(resolve_path(config.model))
+    shapes.num_hidden_layers, shapes.vocab_size = 1, 64
+    if getattr(shapes, "layer_types", None):
+        shapes.layer_types = shapes.layer_types[:1]
+    shapes.pad_token_id = shapes.bos_token_id = shapes.eos_token_id = None
+    dtype, device = getattr(torch, config.model.dtype.value), distributed.device()
+    base = AutoModelForCausalLM.from_config(shapes, dtype=dtype).requires_grad_(False)
+    parameters = sum(p.numel() for p in base.parameters()) - sum(p.numel() for p in {*_embeddings(base)})
+    decoder = attach_lora(base, config.model.lora, seed=config.seed).to(device).get_base_model().get_decoder()
+    operations = (FORWARD + BACKWARD) * parameters
+    tokens = min(tokens, max(1, int(product_rate(dtype) * TIMED_SECONDS / operations)))
+    rows = max(1, tokens // ROW_TOKENS)
+    embedded = torch.randn(rows, tokens // rows, shapes.hidden_size, dtype=dtype, device=device, requires_grad=True)
+
+    def work() -> None:
+        decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state.sum().backward()
+        embedded.grad[0, 0, 0].item()  # waits for a card
+
+    return operations * rows * (tokens // rows) * passes_a_second(work)
+
+
+def passes_a_second(work: Callable[[], object]) -> float:
+    work()  # the first pays for what is set up once
+    passes, started = 0, time.perf_counter()
+    while (spent := time.perf_counter() - started) < TIMED_SECONDS:
+        work()
+        passes += 1
+    return passes / spent
 
 
 def _embeddings(model: PreTrainedModel) -> Iterator[nn.Parameter]:
@@ -89,12 +132,7 @@ def product_rate(dtype: torch.dtype) -> float:
     """Floating-point operations a second of a square matrix product on this rank's device."""
     device = distributed.device()
     left, right = (torch.ones(PRODUCT, PRODUCT, dtype=dtype, device=device) for _ in range(2))
-    (left @ right)[0, 0].item()  # the first pays for what is set up once; item() waits for a card
-    products, started = 0, time.perf_counter()
-    while (spent := time.perf_counter() - started) < TIMED_SECONDS:
-        (left @ right)[0, 0].item()
-        products += 1
-    return 2.0 * PRODUCT**3 * products / spent
+    return 2.0 * PRODUCT**3 * passes_a_second(lambda: (left @ right)[0, 0].item())  # item() waits for a card
 
 
 def _history(config: Config, tasks: int, factors: int) -> tuple[int, int]:
@@ -123,7 +161,7 @@ def estimate_table(found: Estimate, ranks: int) -> Table:
     ):
         table.add_row(what, f"{size / MIB:,.1f} MiB")
     table.add_row("arithmetic of all layers, all ranks", f"{found.operations / 1e12:,.3g} TFLOP")
-    table.add_row("a matrix product, measured here", f"{found.rate / 1e9:,.0f} GFLOP/s")
+    table.add_row("one layer of it, measured here", f"{found.rate / 1e9:,.3g} GFLOP/s")
     where = "" if ranks == 1 else f", on {ranks} such devices"
     table.add_row(f"time of that arithmetic alone{where}", _duration(found.seconds))
     return table
