@@ -340,7 +340,8 @@ class Lifelong:
             if not distributed.is_main():
                 return
             before = self._between_phases
-            volatile = {"timing": dict(self.timing), "metrics_bytes": self.tracker.position()}
+            metrics = {"metrics_bytes": self.tracker.position(), "metrics_sha256": self.tracker.digest()}
+            volatile = {"timing": dict(self.timing), **metrics}
             number = self.position.task * len(PHASES) + PHASES.index(self.position.phase)
             new = Checkpoint(
                 checkpoint_name(number, 0 if midway is None else midway["steps"]),
@@ -387,7 +388,7 @@ class Lifelong:
         write_added(self.policy, parts["added"])
         self.reference.load_state_dict(parts["reference"])
         self.strategy.load_state_dict(State(state["strategy"], parts["strategy"], found.files))
-        self.tracker.rewind(state["metrics_bytes"])
+        self.tracker.rewind(state["metrics_bytes"], state["metrics_sha256"])
         between_phases = {name: tensor for name, tensor in found.tensors.items() if not name.startswith("midway/")}
         self._between_phases = replace(found, tensors=between_phases)
         if state["midway"] is not None:

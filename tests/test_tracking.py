@@ -266,6 +266,36 @@ def test_steps_that_are_taken_again_are_there_once(tmp_path: Path, sink: SinkNam
         assert [(event.step, event.value) for event in events.Scalars("train/preference/loss")] == [(3, 1.0)]
 
 
+@pytest.mark.parametrize("how", ["cut", "gone", "turned", "whole"])
+def test_a_damaged_log_is_kept_aside_and_its_rows_are_taken_over(
+    tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "metrics.jsonl"
+    with tracker(tmp_path, SinkName.csv) as told:
+        told.rewind(0)
+        for number in range(1, 4):
+            told.log("step", step(number, "hc3", "sft", loss=1.0))
+        checkpoint, digest = told.position(), told.digest()
+        told.log("step", step(4, "hc3", "sft", loss=7.0))
+    lines = log.read_bytes().splitlines(keepends=True)
+    left = {
+        "cut": lines[0] + lines[1][:9],
+        "gone": b"",
+        "turned": lines[0] + b"{" + lines[1] + lines[2],
+        "whole": b"".join(lines),
+    }
+    log.write_bytes(left[how])
+    with tracker(tmp_path, SinkName.csv) as told:
+        told.rewind(checkpoint, digest)
+        told.log("step", step(4, "hc3", "sft", loss=2.0))
+    numbers = {"cut": [1, 4], "gone": [4], "turned": [1, 3, 4], "whole": [1, 2, 3, 4]}
+    assert [row["step"] for row in step_rows(tmp_path)] == numbers[how]
+    assert [row["step"] for row in csv_rows(tmp_path)] == numbers[how]
+    assert ("metrics.jsonl is not what was written" in capsys.readouterr().out) == (how != "whole")
+    if how != "whole":
+        assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == left[how]
+
+
 @with_tensorboard
 def test_mode_disabled_leaves_out_wandb_alone(tmp_path: Path) -> None:
     with Tracker(TrackingOptions(sinks=ALL, mode=TrackingMode.disabled), tmp_path, {}) as told:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,9 +15,12 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from lifealign.runtime import distributed
-from lifealign.runtime.files import read_json_lines
+from lifealign.runtime.files import copy_file, read_json_lines, write_bytes
 from lifealign.runtime.options import SinkName, TrackingMode, TrackingOptions
 from lifealign.runtime.sinks import CsvSink, Row, Sink, TensorBoardSink
+from lifealign.runtime.terminal import console
+
+log = logging.getLogger(__name__)
 
 
 class Tracker:
@@ -32,7 +37,7 @@ class Tracker:
         if not distributed.is_main():
             return
         self._path = folder / "metrics.jsonl"
-        self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed by __exit__
+        self._open()
         self._sinks = _make_sinks(options, folder, config)
 
     @property
@@ -63,7 +68,9 @@ class Tracker:
     def _write(self, file: TextIO, kind: str, values: Mapping[str, Any]) -> None:
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         row: dict[str, Any] = {"kind": kind, **plain}
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+        line = json.dumps(row, allow_nan=False) + "\n"
+        file.write(line)
+        self._digest.update(line.encode())
         if kind == "consolidation":
             self._factors.append(row)
             return
@@ -105,15 +112,43 @@ class Tracker:
         os.fsync(self._file.fileno())
         return self._file.tell()
 
-    def rewind(self, position: int) -> None:
-        """Forget the rows that an interrupted run wrote after its last checkpoint; they will be written again."""
+    def digest(self) -> str:
+        """SHA-256 of ``metrics.jsonl``. Rank 0 only."""
+        return self._digest.hexdigest()
+
+    def rewind(self, position: int, digest: str | None = None) -> None:
+        """Forget the rows that an interrupted run wrote after its last checkpoint; they will be written again.
+
+        Args:
+            digest: what :meth:`digest` was then. Where the file is another now, it is kept as ``metrics.jsonl.damaged``, a
+                line says so, and the rows of it that can be read are taken over: nothing but the log depends on them.
+        """
         if self._file is None:
             return
-        self._file.truncate(position)
+        content = self._path.read_bytes()[:position]
+        if digest is None or hashlib.sha256(content).hexdigest() == digest:
+            self._file.truncate(position)
+        else:
+            self._set_aside(content)
+        self._file.close()
+        self._open()
         rows = read_json_lines(self._path)
         self._step = max((row["step"] for row in rows if row["kind"] == "step"), default=0)
         for sink in self._sinks:
             sink.go_on(rows)
+
+    def _open(self) -> None:
+        self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed by __exit__
+        self._digest = hashlib.sha256(self._path.read_bytes())  # of all that the file holds
+
+    def _set_aside(self, content: bytes) -> None:
+        """Keep a damaged file, and go on with what of its content are rows."""
+        damaged = self._path.with_name(self._path.name + ".damaged")
+        copy_file(self._path, damaged)
+        line = f"{self._path} is not what was written; it is kept as {damaged.name}, and what can be read of it is taken over"
+        log.warning(line)
+        console.print(line, markup=False)
+        write_bytes(self._path, b"".join(row + b"\n" for row in content.split(b"\n") if _is_row(row)))
 
     def __enter__(self) -> Tracker:
         return self
@@ -131,6 +166,15 @@ class Tracker:
         rows, self._factors = self._factors, []
         for sink in self._sinks if rows else ():
             sink.consolidated(self._step, rows)
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    is_row = isinstance(row, dict) and isinstance(row.get("kind"), str)
+    return is_row and (row["kind"] != "step" or isinstance(row.get("step"), int))
 
 
 def _make_sinks(options: TrackingOptions, folder: Path, config: Mapping[str, Any]) -> list[Sink]:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lifealign.config import Config
 from lifealign.data.tasks import Task
 from lifealign.memory import Space
 from lifealign.models.adapter import factor_shapes
-from lifealign.models.loading import attach_lora, make_skeleton
+from lifealign.models.loading import attach_lora, make_skeleton, resolve_path
 from lifealign.models.options import ModelOptions, Quantization
 from lifealign.models.quantization import BITS
 from lifealign.runtime import distributed
@@ -84,13 +84,14 @@ def layer_rate(config: Config, tokens: int) -> float:
 
     Of a large layer it takes fewer tokens, so that a pass is not much longer than ``TIMED_SECONDS``.
     """
-    shapes = AutoConfig.from_pretrained(resolve_path(config.model))
+    trust = config.model.trust_remote_code
+    shapes = AutoConfig.from_pretrained(resolve_path(config.model), trust_remote_code=trust)
     shapes.num_hidden_layers, shapes.vocab_size = 1, 64
     if getattr(shapes, "layer_types", None):
         shapes.layer_types = shapes.layer_types[:1]
     shapes.pad_token_id = shapes.bos_token_id = shapes.eos_token_id = None
     dtype, device = getattr(torch, config.model.dtype.value), distributed.device()
-    base = AutoModelForCausalLM.from_config(shapes, dtype=dtype).requires_grad_(False)
+    base = AutoModelForCausalLM.from_config(shapes, dtype=dtype, trust_remote_code=trust).requires_grad_(False)
     parameters = sum(p.numel() for p in base.parameters()) - sum(p.numel() for p in {*_embeddings(base)})
     decoder = attach_lora(base, config.model.lora, seed=config.seed).to(device).get_base_model().get_decoder()
     operations = (FORWARD + BACKWARD) * parameters
