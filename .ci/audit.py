@@ -17,7 +17,7 @@ AUDIT = (sys.executable, "-m", "pip_audit", "--progress-spinner", "off", "--time
 
 def problem() -> str | None:
     """Why the database cannot be asked, if so."""
-    if subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "pip-audit>=2.9"]).returncode:
+    if subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--retries", "1", "pip-audit>=2.9"]).returncode:
         return "pip-audit cannot be installed"
     with NamedTemporaryFile("w", suffix=".txt") as asked:
         asked.write(MUST_BE_KNOWN)

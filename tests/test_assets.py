@@ -139,6 +139,7 @@ def test_base_has_no_strong_preference_and_stops_talking() -> None:
     assert reply[-1] == tokenizer().eos_token_id
 
 
+@pytest.mark.slow
 def test_model_builds_from_the_repository_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_model, "ROWS_PER_ROUND", 40)
     accuracies = build_model.build_model(tmp_path, seed=0, steps=2)

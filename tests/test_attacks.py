@@ -323,5 +323,5 @@ def test_an_audit_that_nobody_answers_says_so() -> None:
     nowhere = {**os.environ, "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "no_proxy": ""}
     words = sys.executable, str(REPOSITORY / ".ci" / "audit.py")
     ended = subprocess.run(words, env=nowhere, capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout.startswith("audit skipped: the database of vulnerabilities cannot be reached")
+    assert ended.returncode == 0
+    assert ended.stdout.startswith("audit skipped: ")  # pip-audit, or its database, cannot be had

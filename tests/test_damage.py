@@ -60,7 +60,7 @@ def saved(run: Path) -> Path:
     return run / "checkpoints" / "00001"
 
 
-@pytest.mark.parametrize("file", ["state.json", "tensors.safetensors", "manifest.json"])
+@pytest.mark.parametrize("file", ["state.json", "tensors.safetensors", pytest.param("manifest.json", marks=pytest.mark.slow)])
 def test_no_bit_of_a_checkpoint_turns_unseen(file: str, tmp_path: Path) -> None:
     path = saved(tmp_path)
     assert checkpoint._look_at(path) == Finding(None)

@@ -199,6 +199,7 @@ def load(name: str, path: Path) -> object:
     return module
 
 
+@pytest.mark.slow
 def test_the_example_works_as_written(example: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(example) == {"lifealign/strategies/anchor.py", "conf/strategy/anchor.yaml", "tests/test_anchor.py"}
     load("lifealign.strategies.anchor", example["lifealign/strategies/anchor.py"])

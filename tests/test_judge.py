@@ -122,6 +122,7 @@ def test_nothing_is_sent_after_the_signal_and_what_is_under_way_is_kept(tmp_path
     assert len(lines(tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_bills_again_only_what_was_under_way(tmp_path: Path) -> None:
     """As above, with SIGKILL, which leaves no time to wait; and one of the last items is not answered at all at first.
 

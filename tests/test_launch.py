@@ -91,6 +91,7 @@ def side_by_side(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, s
     return ended
 
 
+@pytest.mark.slow
 def test_two_launches_beside_each_other_both_succeed(side_by_side) -> None:
     """The launcher hands port 29500 to both."""
     for _, ended in side_by_side:
@@ -99,6 +100,7 @@ def test_two_launches_beside_each_other_both_succeed(side_by_side) -> None:
     assert same_adapter(*(only_run(folder) for folder, _ in side_by_side))
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_one_run_directory_and_rank_0_alone_writes(side_by_side) -> None:
     for folder, ended in side_by_side:
         run = only_run(folder)

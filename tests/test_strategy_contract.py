@@ -83,13 +83,19 @@ def learned(folder: Path) -> Tensors:
     return {name: t for name, t in weights(folder).items() if "lora_A" not in name}
 
 
+def undated(values: Any) -> Any:
+    """A strategy's values; in a ledger, which is a list of mappings, without the dates."""
+    for entry in values.get("memory", ()):
+        if isinstance(entry, dict):
+            entry["date"] = entry["seal"] = ""
+    return values
+
+
 def state(run: Path) -> tuple[Any, Tensors]:
     """What the strategy left in a finished run's last checkpoint; of the ledger all but the dates, which its seals cover."""
     found = checkpoint.newest(run / "checkpoints")
     assert found is not None
-    for entry in found.state["strategy"].get("memory", ()):
-        entry["date"] = entry["seal"] = ""
-    return found.state["strategy"], {k: v for k, v in found.tensors.items() if k.startswith("strategy/")}
+    return undated(found.state["strategy"]), {k: v for k, v in found.tensors.items() if k.startswith("strategy/")}
 
 
 if __name__ == "__main__":
@@ -184,10 +190,7 @@ def test_state_comes_back_as_it_was_saved(name: str, whole: dict[str, Path]) -> 
         lifelong._restore()
     again = lifelong.strategy.state_dict()
     values, tensors = state(whole[name])
-    values_again = json.loads(json.dumps(again.values))
-    for entry in values_again.get("memory", ()):
-        entry["date"] = entry["seal"] = ""
-    assert values_again == values
+    assert undated(json.loads(json.dumps(again.values))) == values
     assert {f"strategy/{key}" for key in again.tensors} == tensors.keys()
     assert all(again.tensors[key].equal(tensors[f"strategy/{key}"]) for key in again.tensors)
 
