@@ -22,7 +22,6 @@ from lifealign.lifelong import Lifelong
 from lifealign.runtime import distributed
 
 STAGES = (0, 1, 2, 3)
-QUICK_STAGES = [pytest.param(stage, marks=() if stage == 3 else pytest.mark.slow) for stage in STAGES]
 
 COMMON = ("checkpoint.every=1", "evaluation.metrics=[mean_log_sigmoid,chosen_nll]", "cache.enabled=false", "objective=dpo")
 """Two tasks of four or more steps in each of two stages."""
@@ -102,7 +101,8 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", QUICK_STAGES)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_go_on_to_the_bit(stage: int, tmp_path: Path) -> None:
     in_two_ranks(tmp_path, "same", stage)
     whole, resumed = tmp_path / str(stage) / "whole", tmp_path / str(stage) / "resumed"

@@ -151,13 +151,13 @@ class _PackedAttention(torch.autograd.Function):
 def _by_group(x: torch.Tensor, groups: int, positions: torch.Tensor | None) -> torch.Tensor:
     """(1, heads, tokens, width) as (groups, positions, heads of a group, width), in float32 at least."""
     by_token = x[0].transpose(0, 1).to(torch.promote_types(x.dtype, torch.float32))
-    chosen = by_token if positions is None else by_token[positions]
+    chosen = by_token if positions is None else by_token.index_select(0, positions)
     return chosen.unflatten(1, (groups, -1)).transpose(0, 1)
 
 
 def _by_position(rows: torch.Tensor, plan: Plan, dtype: torch.dtype) -> torch.Tensor:
     """(groups, tokens in the order of keys, width) as (1, groups, tokens on the line, width)."""
-    return rows[:, plan.place][None].to(dtype)
+    return rows.index_select(1, plan.place)[None].to(dtype)
 
 
 def _by_head(rows: torch.Tensor, like: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
