@@ -119,7 +119,8 @@ def finish(run: Run, launch: Launch) -> int:
 
 def choose(dice: random.Random, run: Run, kills: int) -> Line:
     """Where the next of so many kills is to fall: far ahead where the run has come less far than the kills have."""
-    share = sum(line["what"] == "kill" for line in run.lines()) / kills
+    # The last is to fall in the last task and not after it: a run that is over too soon was killed too seldom.
+    share = sum(line["what"] == "kill" for line in run.lines()) / (1.15 * kills)
     is_ahead, in_stage = run.phase() / PHASES > share, run.phase() % 3 < 2
     if in_stage:
         places = {"saving": 5, "step": 4, "consolidation": 1 if is_ahead else 6, "resuming": 1, "anywhere": 2}

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from lifealign.data.batch import Batch, Row, RowLayout, collate, length_buckets
+from lifealign.data.batch import Batch, Row, RowLayout, collate, extent, length_buckets, padded
 from lifealign.models import attention
 from lifealign.models.policy import Policy
 
@@ -92,6 +92,34 @@ def test_packed_by_hand() -> None:
     assert batch.needs_mask
 
 
+def test_padded_numbers_are_few_and_near() -> None:
+    """Below 64 every number; from 64 to 127 each second, and so on: 32 numbers an octave, and less than 1/32 more."""
+    assert [padded(n) for n in (1, 63, 64, 65, 127, 129, 647, 1271)] == [1, 63, 64, 66, 128, 132, 656, 1280]
+    for octave in range(6, 16):
+        numbers = {padded(n) for n in range(1 << octave, 2 << octave)}
+        assert len(numbers) == 33 and max(numbers) == 2 << octave
+    assert all(n <= padded(n) < n * 33 / 32 for n in range(1, 5000))
+
+
+def test_packed_line_is_padded_by_a_row_that_nobody_reads() -> None:
+    """69 tokens (40 + 9 + 19 and 1) become 70; 30 predictors stay 30, for below 64 every number is a padded one."""
+    rows = [Row(list(range(40)), [[7] * 10, [8] * 20]), Row([1], [[2]])]
+    batch = collate(rows, layout=RowLayout.packed, pad_token_id=9)
+    assert (batch.tokens, batch.spans) == (69, ((40, 9, 19), (1, 0), (1,)))
+    assert batch.input_ids[0, 68:].tolist() == [1, 9]
+    assert batch.segments[0, 68:].tolist() == [0, -1]
+    assert batch.read.tolist() == sorted({*batch.predictors.tolist()})
+    assert extent(rows, RowLayout.packed) == (69, 70)
+
+
+def test_positions_read_are_filled_up_from_the_front() -> None:
+    """65 + 66 responses of a prompt of 3: predictors are its last token and 64 + 65 more, 130; 132 are computed."""
+    batch = collate([Row([1, 2, 3], [[7] * 65, [8] * 66])], layout=RowLayout.packed, pad_token_id=9)
+    assert batch.read.tolist() == list(range(132))
+    alone = collate([Row([1], [[7] * 65, [8] * 66])], layout=RowLayout.packed, pad_token_id=9)
+    assert alone.read.tolist() == list(range(132))  # with what there is of padding
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_response_of_one_token_takes_no_position(layout: RowLayout) -> None:
     """Two responses of one token are predicted at the last prompt token, and nothing else is computed."""
@@ -152,13 +180,17 @@ def make_policy(config: PretrainedConfig, targets: list[str]) -> Policy:
     return Policy(adapted).eval()
 
 
+LENGTHS = ((9, 4, 11), (1, 7, 1), (5, 1, 3), (12, 6, 6), (10, 30, 21))
+"""117 positions, of which 85 are read: a packed line and what is read of it are filled up."""
+
+
 def random_rows() -> list[Row]:
     generator = torch.Generator().manual_seed(1)
 
     def draw(n: int) -> list[int]:
         return torch.randint(1, 61, (n,), generator=generator).tolist()
 
-    return [Row(draw(p), [draw(c), draw(r)]) for p, c, r in ((9, 4, 11), (1, 7, 1), (5, 1, 3), (12, 6, 6))]
+    return [Row(draw(p), [draw(c), draw(r)]) for p, c, r in LENGTHS]
 
 
 def logps_and_gradients(policy: Policy, logps: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
