@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -184,22 +185,28 @@ MATRICES = st.lists(st.lists(st.floats() | st.none() | st.integers() | VALUES, m
 METRICS = st.dictionaries(st.text(max_size=4) | WORDS, st.fixed_dictionaries({"matrix": MATRICES | VALUES}))
 SCORES = VALUES | st.fixed_dictionaries(
     {"tasks": st.lists(WORDS, max_size=3) | VALUES},
-    optional={
-        "metrics": st.dictionaries(st.text(max_size=4) | WORDS, st.fixed_dictionaries({"matrix": MATRICES | VALUES})) | VALUES
-    },
+    optional={"metrics": METRICS | VALUES},
 )
 
 
 @fuzzed(SCORES)
 def test_scores(folder: Path, scores: Any) -> None:
-    """As ``compare.py`` reads them."""
+    """As ``compare.py`` reads them: refused in a line, or every score is the number that the file says, or none."""
     (folder / "config.yaml").write_text("sequence: {name: a}\n")
     (folder / "scores.json").write_text(json.dumps(scores))
     try:
-        read_runs([folder])
-        ScoreBook.from_json(scores)
+        runs, left_out = read_runs([folder])
     except UserError as error:
         in_one_line(error)
+        return
+    assert len(runs) + len(left_out) == 1
+    book = runs[0].result.book if runs else ScoreBook.from_json(scores)
+    assert book.tasks == [str(task) for task in scores["tasks"]]
+    assert book.metrics == list(scores["metrics"])
+    for metric in book.metrics:
+        told = [value for row in scores["metrics"][metric]["matrix"] for value in row]
+        read = [value for row in book.matrix(metric) for value in row]
+        assert read == [None if value is None or not math.isfinite(value) else value for value in told]
 
 
 PRESET = r"""
