@@ -23,13 +23,13 @@ import torch
 from common import VOCAB_SIZE, body_parameters, load_average, matmul_rate, rate_line
 from torch import nn
 
+from lifealign.assembly import make_policy
 from lifealign.assets import SIX_DOMAINS
 from lifealign.config import Config
 from lifealign.data.batch import RowLayout
 from lifealign.data.options import DataOptions, SequenceOptions
 from lifealign.data.tasks import Task, load_tasks
 from lifealign.data.tokenize import Pair
-from lifealign.lifelong import make_policy
 from lifealign.models.loading import load_tokenizer, pad_token_id
 from lifealign.models.options import BaseDtype, ModelOptions
 from lifealign.models.scoring import ReferenceLogps

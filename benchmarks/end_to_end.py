@@ -40,7 +40,7 @@ from lifealign.runtime.files import read_json  # noqa: E402
 TRAIN = Path(__file__).resolve().parents[1] / "launch" / "train.py"
 WORK = ("sft", "reference", "preference", "evaluation")
 MEMORY = ("consolidation", "saving")
-TIMED = ("loading", *WORK, *MEMORY)  # by the run itself
+TIMED = ("loading", *WORK, *MEMORY, "tracking")  # by the run itself
 LIMITS = {  # claim -> (figure, limit, whether it is a least), in shares of wall time or seconds
     "sft + reference + preference + evaluation": ("work_share", 0.85, True),
     "start-up": ("start_up", 15.0, False),

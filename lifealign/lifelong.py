@@ -1,9 +1,8 @@
-"""The task loop: plan, train, consolidate, evaluate, commit; and where an interrupted run goes on."""
+"""The task loop: plan, train, consolidate, evaluate, commit; what a checkpoint holds, and where an interrupted run goes on."""
 
 from __future__ import annotations
 
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,21 +15,19 @@ from typing import Any
 import deepspeed
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
 
+from lifealign.assembly import make_evaluator, make_policy
 from lifealign.assets import SIX_DOMAINS
 from lifealign.config import Config, settings_hash
 from lifealign.data.tasks import Task, load_tasks
 from lifealign.data.tokenize import Pair
-from lifealign.errors import Interrupted, UserError, storage_failed
+from lifealign.errors import Interrupted, storage_failed
 from lifealign.evaluation.dashboard import show_task
-from lifealign.evaluation.evaluate import Evaluator
-from lifealign.evaluation.judge import Judge, judge_folder
 from lifealign.evaluation.scores import ScoreBook
-from lifealign.models.adapter import factor_shapes, read_added, read_factors, save_adapter, write_added, write_factors
-from lifealign.models.loading import attach_lora, enable_gradient_checkpointing, load_base, load_tokenizer, pad_token_id
-from lifealign.models.policy import Policy, choose_head, choose_layout, choose_operations
-from lifealign.models.scoring import ReferenceLogps, pair_row
+from lifealign.models.adapter import read_added, read_factors, save_adapter, write_added, write_factors
+from lifealign.models.loading import load_tokenizer, pad_token_id
+from lifealign.models.scoring import ReferenceLogps
+from lifealign.resuming import Midway, Tensors, check_batches, check_rows, check_weights, extended_book, refuse_a_lost_run
 from lifealign.runtime import checkpoint, distributed, watchdog
 from lifealign.runtime.checkpoint import Checkpoint, checkpoint_name
 from lifealign.runtime.engine import deepspeed_config, inference_engine, training_engine
@@ -38,6 +35,7 @@ from lifealign.runtime.files import write_json, write_json_lines
 from lifealign.runtime.optimizer import read_optimizer, write_optimizer
 from lifealign.runtime.randomness import read_rng, write_rng
 from lifealign.runtime.signals import StopSignals, stopping_between_batches
+from lifealign.runtime.timing import Timing
 from lifealign.runtime.tracking import Tracker
 from lifealign.stages import PreferenceStage, Stage, StageOptions, SupervisedStage
 from lifealign.strategies import Context, Run, State
@@ -47,19 +45,6 @@ log = logging.getLogger(__name__)
 
 PHASES = ("sft", "preference", "commit")
 """A task's phases, each ending in a checkpoint. ``commit`` updates the strategy, evaluates and writes what is left."""
-
-Tensors = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Midway:
-    """What an interrupted stage goes on from, once it has begun again as it began then: its weights and all that moves them."""
-
-    steps: int  # taken, or skipped
-    batch_size: int  # pairs in each of them
-    strategy: dict[str, Any]
-    parts: dict[str, Tensors]  # adapter, added, optimizer, rng, strategy
-    skipped: int = 0  # of the steps
 
 
 @dataclass
@@ -92,9 +77,8 @@ class Lifelong:
         self, config: Config, folder: Path, tracker: Tracker, settings: Mapping[str, Any], signals: StopSignals | None = None
     ) -> None:
         self.config, self.folder, self.tracker, self.signals = config, folder, tracker, signals or StopSignals()
-        self.timing: dict[str, float] = defaultdict(float)
-        self._timed_inside = 0.0  # seconds of parts that have ended within the part that is being timed
-        with self._timed("loading"):
+        self.timing = Timing()
+        with self.timing.of("loading"):
             self.tokenizer = load_tokenizer(config.model)
             self.tasks = load_tasks(config.sequence, config.data, self.tokenizer, SIX_DOMAINS)
             config.check_batches({task.name: len(task.train) for task in self.tasks}, distributed.world_size())
@@ -128,7 +112,7 @@ class Lifelong:
         Raises:
             Interrupted: on every rank, once all that was done is saved, where any rank received a signal that asks for it.
         """
-        with self._timed("resuming"):
+        with self.timing.of("resuming"):
             self._restore()
         while self.position.task < len(self.plan):
             self._stop_if_asked()
@@ -142,7 +126,7 @@ class Lifelong:
             else:
                 self._train(number, self.stages[phase])
             self.position.advance()
-            with self._timed("saving"):
+            with self.timing.of("saving"):
                 self._save()
 
     def _stop_if_asked(self) -> None:
@@ -181,7 +165,7 @@ class Lifelong:
             self.policy, engine_config, partial(make_optimizer, options), partial(make_schedule, options, steps)
         ) as engine:
             if stage.name == "preference":
-                with self._timed("reference"), stopping_between_batches(self._stop_if_asked):
+                with self.timing.of("reference"), stopping_between_batches(self._stop_if_asked):
                     self._ensure_reference(engine, pairs, context.task, log_it=midway is None)
             trainer = Trainer(
                 engine=engine,
@@ -200,9 +184,9 @@ class Lifelong:
             trainer.between_steps = self._between_steps(trainer, taken)
             if midway is not None:
                 self._take_up_progress(engine, midway)
-            with self._timed(stage.name):
+            with self.timing.of(stage.name):
                 self.steps += trainer.train(pairs, taken=taken)
-        with self._timed("consolidation"), self._told():
+        with self.timing.of("consolidation"), self._told():
             for record in self.strategy.end_stage(context):
                 self.tracker.log("consolidation", {"task": context.task.name, "stage": stage.name, **record})
 
@@ -218,7 +202,7 @@ class Lifelong:
             nonlocal saved
             due = trainer.stopping or (every is not None and steps - saved >= every)
             if due and steps > saved and trainer.between_lines:
-                with self._timed("saving"):
+                with self.timing.of("saving"):
                     self._save_midway(trainer, steps)
                 saved = steps
                 self._stop_if_asked()
@@ -269,7 +253,7 @@ class Lifelong:
         scores: dict[str, dict[str, float]] = {}
         # Nothing of it need be saved to stop within: this phase began with a checkpoint, and is begun again.
         stopping = stopping_between_batches(self._stop_if_asked)
-        with self._timed("evaluation"), stopping, inference_engine(self.policy, self.config.zero) as module:
+        with self.timing.of("evaluation"), stopping, inference_engine(self.policy, self.config.zero) as module:
             for other, rows in experience.scores(len(self.tasks), forward=self.config.evaluation.forward):
                 on = self.tasks[other]
                 result = self.evaluator.evaluate(module, on)
@@ -282,10 +266,10 @@ class Lifelong:
                 self.tracker.log("evaluation", {**where, **result.scores})
                 if result.judged is not None:
                     self.tracker.log("judge", {**where, **result.judged.counts()})
-        with self._timed("tracking"):
+        with self.timing.of("tracking"):
             show_task(self.tracker, self.book, self.config.objective, predictions)
         left = self.folder / "tasks" / f"{number + 1:02d}_{task.name}"
-        with self._timed("saving"):
+        with self.timing.of("saving"):
             for folder in (left, self.folder):
                 with self._writing():
                     save_adapter(self.policy, folder / "adapter")
@@ -372,18 +356,19 @@ class Lifelong:
         """Take up the newest checkpoint, where there is one."""
         found = checkpoint.newest(self.folder / "checkpoints")
         if found is None:
-            self._refuse_a_lost_run()
+            refuse_a_lost_run(self.folder)
             self.tracker.rewind(0)  # a run that never came to its first checkpoint starts over
             self._between_phases = self._state()
             return
         state, parts = found.state, _by_prefix(found.tensors)
-        self._check_data(state["data"])
+        check_rows(self.folder, self.tasks, state["data"], force=self.config.resume.value == "force")
         self.position = Position(state["task"], state["phase"])
         self.steps = state["steps"]
-        self.book = self._extended(ScoreBook.from_json(state["scores"]))
+        before = ScoreBook.from_json(state["scores"])
+        self.book = extended_book(before, self.book.tasks, self.plan, self.position.task, self.strategy.name)
         for part, seconds in state["timing"].items():
             self.timing[part] += seconds
-        self._check_weights(parts["adapter"], parts["added"])
+        check_weights(self.folder, self.policy, parts["adapter"], parts["added"])
         write_factors(self.policy.model, parts["adapter"], dict.fromkeys(parts["adapter"], 0))
         write_added(self.policy, parts["added"])
         self.reference.load_state_dict(parts["reference"])
@@ -392,112 +377,9 @@ class Lifelong:
         between_phases = {name: tensor for name, tensor in found.tensors.items() if not name.startswith("midway/")}
         self._between_phases = replace(found, tensors=between_phases)
         if state["midway"] is not None:
-            self._midway = self._checked(Midway(**state["midway"], parts=_by_prefix(parts["midway"])))
+            self._midway = Midway(**state["midway"], parts=_by_prefix(parts["midway"]))
+            check_batches(self.folder, self._midway, self.position.phase, getattr(self.config, self.position.phase))
         log.info("resumed at task %d, %s, from checkpoint %s", self.position.task + 1, self.position.phase, found.name)
-
-    def _extended(self, before: ScoreBook) -> ScoreBook:
-        """Scores of a run that may go on with tasks added to its sequence; the tasks it has met stay as they were."""
-        try:
-            book = before.extended(self.book.tasks)
-        except ValueError as error:
-            raise UserError(f"sequence.tasks: {error}; a run can only be given further tasks at the end") from error
-        if len(book.tasks) > len(before.tasks):
-            if len(self.plan) != len(self.tasks):
-                raise UserError(
-                    f"sequence.tasks: strategy={self.strategy.name} trains on all of its tasks at once, so none can be added; "
-                    "another run.dir starts anew"
-                )
-            self._fill_rows(book)
-        return book
-
-    def _fill_rows(self, book: ScoreBook) -> None:
-        """Where models stay in use (STL), their scores stand in the rows of added tasks as well."""
-        for metric in book.metrics:
-            matrix = book.matrix(metric)
-            for experience in self.plan[: self.position.task]:
-                for task in experience.scored if len(experience.rows) > 1 else ():
-                    book.record_rows(metric, experience.rows, task, matrix[experience.rows[0]][task])
-
-    def _refuse_a_lost_run(self) -> None:
-        """A run that has come somewhere has checkpoints; without them it must not start over unasked."""
-        if any(distributed.gather_objects((self.folder / "scores.json").exists())):
-            raise UserError(
-                f"{self.folder}: holds a run without its checkpoints, which cannot go on; take them from a copy of the run, or "
-                "name another run.dir to start anew"
-            )
-
-    def _checked(self, midway: Midway) -> Midway:
-        """Raises UserError where the stage would now take its rows in other batches."""
-        stage = self.position.phase
-        options: StageOptions = getattr(self.config, stage)
-        batch_size = options.global_batch(stage, distributed.world_size())
-        if batch_size != midway.batch_size:
-            raise UserError(
-                f"{self.folder}: was interrupted in a stage with {midway.batch_size} pairs a step, which would now have "
-                f"{batch_size}; set {stage}.batch_size={midway.batch_size}"
-            )
-        return midway
-
-    def _check_weights(self, adapter: Mapping[str, torch.Tensor], added: Mapping[str, torch.Tensor]) -> None:
-        """What is trained may have another shape where a run goes on with changed settings."""
-        saved = {name: value.shape for name, value in {**adapter, **added}.items()}
-        if saved != factor_shapes(self.policy.model) | {name: value.shape for name, value in self.policy.added.items()}:
-            raise UserError(
-                f"{self.folder}: its adapter is of another shape; give it the model.lora.*, the strategy and, with "
-                "strategy=olora, the tasks that it had, or another run.dir"
-            )
-
-    def _check_data(self, before: dict[str, str]) -> None:
-        changed = [t.name for t in self.tasks if t.name in before and before[t.name] != t.data_hash]
-        if changed and self.config.resume.value != "force":
-            raise UserError(
-                f"{self.folder}: the rows of task '{changed[0]}' are not those that the interrupted run was trained on; "
-                "resume=force goes on all the same, resume=never starts over"
-            )
-        if changed and distributed.is_main():
-            checkpoint.record_forced(self.folder, [f"the rows of task {name}" for name in changed])
-
-    @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
-        """Add the seconds inside to those of a part of the run; less what is timed there as another part, such as a
-        checkpoint within a stage, so that all parts add up."""
-        started, outside, self._timed_inside = time.perf_counter(), self._timed_inside, 0.0
-        try:
-            yield
-        finally:
-            seconds = time.perf_counter() - started
-            self.timing[what] += seconds - self._timed_inside
-            self._timed_inside = outside + seconds
-
-
-def make_evaluator(config: Config, policy: Policy, reference: ReferenceLogps, tokenizer: PreTrainedTokenizerBase) -> Evaluator:
-    """What scores a run's tasks, with the judge that it names, if any.
-
-    Raises:
-        UserError: where the judge cannot be asked; before hours of training, and not after.
-    """
-    options, sources, judge = config.evaluation, config.sequence.sources, None
-    if "judge" in options.metrics:
-        tasks = {task: sources[task].of if task in sources else None for task in config.sequence.tasks}
-        judge = Judge(options.judge, judge_folder(config.cache.dir), tasks)
-    return Evaluator(policy, reference, tokenizer, options, beta=config.objective.beta, judge=judge)
-
-
-def make_policy(config: Config, tasks: Sequence[Task]) -> Policy:
-    """Load the base, attach a fresh adapter, and choose how rows are laid out."""
-    base = load_base(config.model, deepspeed_config(config.zero))
-    model = attach_lora(base, config.strategy.lora(config.model.lora, len(tasks)), seed=config.seed)
-    policy = Policy(model)
-    config.strategy.setup_model(policy, config.seed)
-    longest = max(policy.prefixed(pair_row(pair)).length for task in tasks for pair in [*task.train, *task.test])
-    with inference_engine(policy, config.zero) as module:
-        module.eval()
-        choose_head(policy, distributed.device())
-        choose_layout(policy, config.model.row_layout, longest_row=longest, device=distributed.device())
-        choose_operations(policy, distributed.device())
-    if config.model.gradient_checkpointing:
-        enable_gradient_checkpointing(model, zero_stage=config.zero.stage)
-    return policy
 
 
 def _prefixed(**parts: Mapping[str, torch.Tensor]) -> Tensors:

@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.table import Table
 
+from lifealign.assembly import make_evaluator, make_policy
 from lifealign.assets import SIX_DOMAINS
 from lifealign.config import Config, build, load_run
 from lifealign.data.tasks import Task, load_tasks
 from lifealign.errors import UserError
 from lifealign.evaluation.evaluate import Evaluation
 from lifealign.evaluation.scores import ScoreBook, closing_table, format_score, metric_info
-from lifealign.lifelong import make_evaluator, make_policy
 from lifealign.memory.edit import finished_adapters, task_adapter
 from lifealign.models.adapter import load_adapter
 from lifealign.models.loading import load_tokenizer

@@ -23,12 +23,12 @@ from safetensors.torch import load_file, save_file
 from support import command, compose_config, train_here
 
 import lifealign.trainer
+from lifealign.assembly import make_policy
 from lifealign.assets import SIX_DOMAINS
 from lifealign.command import without_local_rank
 from lifealign.config import Config, build
 from lifealign.data.tasks import Task, load_tasks
 from lifealign.errors import TrainingDiverged, UserError
-from lifealign.lifelong import make_policy
 from lifealign.memory import ConsolidationOptions, MemoryBank, Space, make_consolidator
 from lifealign.memory.bank import read_ledger, read_update
 from lifealign.models.adapter import factor_shapes, named_factors, read_factors, write_factors

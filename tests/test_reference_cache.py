@@ -25,13 +25,13 @@ from cache_writer import BASE, ROOMY, keys, values
 from support import QUICK, REPOSITORY, command, compose_config, end_here, environment, train_here
 
 from lifealign import cache_command
+from lifealign.assembly import make_policy
 from lifealign.assets import SIX_DOMAINS, TINY_MODEL
 from lifealign.command import hydra_command
 from lifealign.config import build
 from lifealign.data.tasks import load_tasks
 from lifealign.data.tokenize import Pair
 from lifealign.errors import UserError
-from lifealign.lifelong import make_policy
 from lifealign.models.adapter import factor_shapes, write_factors
 from lifealign.models.base_hash import base_hash
 from lifealign.models.loading import load_tokenizer, pad_token_id

@@ -19,13 +19,13 @@ import torch
 from support import QUICK, compose_config
 
 import lifealign.trainer
+from lifealign.assembly import make_policy
 from lifealign.assets import SIX_DOMAINS
 from lifealign.config import build
 from lifealign.data.batch import Extent, Row, RowLayout, collate, extent
 from lifealign.data.tasks import load_tasks
 from lifealign.data.tokenize import Pair
 from lifealign.errors import TrainingDiverged
-from lifealign.lifelong import make_policy
 from lifealign.models.adapter import named_factors, read_factors
 from lifealign.models.loading import load_tokenizer, pad_token_id
 from lifealign.models.scoring import ReferenceLogps
