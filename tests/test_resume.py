@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import support
 from safetensors.torch import load_file
 
-import lifealign.lifelong
+import lifealign.runtime.timing
 from lifealign.errors import UserError
 from lifealign.lifelong import Lifelong
 from lifealign.runtime.checkpoint import newest_folder
+from lifealign.runtime.timing import Timing
 
 VARYING = ("pairs_per_second", "tokens_per_second")
 
@@ -117,12 +117,12 @@ def test_figures_that_wait_for_their_line_put_a_checkpoint_off(tmp_path: Path) -
 
 def test_a_checkpoint_within_a_stage_is_no_part_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 4.0, 10.0])  # the stage begins, saves from 1 to 4, and ends
-    monkeypatch.setattr(lifealign.lifelong.time, "perf_counter", lambda: next(clock))
-    lifelong = Lifelong.__new__(Lifelong)
-    lifelong.timing, lifelong._timed_inside = defaultdict(float, saving=2.0), 0.0
-    with lifelong._timed("sft"), lifelong._timed("saving"):
+    monkeypatch.setattr(lifealign.runtime.timing.time, "perf_counter", lambda: next(clock))
+    timing = Timing()
+    timing["saving"] = 2.0
+    with timing.of("sft"), timing.of("saving"):
         pass
-    assert lifelong.timing == {"sft": 7.0, "saving": 5.0}
+    assert timing == {"sft": 7.0, "saving": 5.0}
 
 
 def test_another_batch_size_is_refused_within_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
