@@ -118,7 +118,7 @@ def _read_run(held: Path) -> DictConfig | ListConfig:
             composed[group] = OmegaConf.structured(component(group, values[group].name))
         composed.sequence = OmegaConf.structured(SequenceOptions)
         return OmegaConf.merge(composed, values)
-    except (OmegaConfBaseException, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (OmegaConfBaseException, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{held}: not what a run of this version writes ({library_line(error)})") from error
 
 

@@ -10,6 +10,10 @@ import hashlib
 import json
 import math
 import os
+import re
+import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,7 @@ from support import end_here, train_here
 from lifealign.assets import SIX_DOMAINS
 from lifealign.command import hydra_command
 from lifealign.comparison.runs import read_runs
-from lifealign.config import build
+from lifealign.config import build, load_run
 from lifealign.data.files import read_rows, read_task
 from lifealign.data.options import Columns
 from lifealign.data.rows import Rows
@@ -234,6 +238,21 @@ a: &b [*b]
 <<: 3
 0
 """
+GUIDED = "rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.parquet", "config", "manifest", "ledger", "scores"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("target", GUIDED)
+def test_guided(target: str, tmp_path: Path) -> None:
+    """Twenty seconds of bytes that atheris chooses by the lines they lead to (``guided.py``)."""
+    pytest.importorskip("atheris")
+    words = [sys.executable, str(Path(__file__).with_name("guided.py")), target, "-max_total_time=20"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert re.search(r"Done \d{2,} runs", done.stderr), done.stderr[-1000:]
+
+
 LINES = st.lists(st.sampled_from(PRESET.strip().splitlines()) | st.text(max_size=12), min_size=1, max_size=4)
 
 
@@ -311,6 +330,25 @@ def test_rows_that_cannot_be(line: str, named: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         read_preferences(read_task(tmp_path, "instruct")[0], "instruct", Columns(), max_empty=0.0)
     assert named in str(raised.value)
+    in_one_line(raised.value)
+
+
+def test_a_parquet_text_that_is_no_utf_8(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    offsets = pyarrow.py_buffer(struct.pack("<2i", 0, 1))
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, pyarrow.py_buffer(b"\x9b")])
+    parquet.write_table(pyarrow.table({name: text for name in ("prompt", "chosen", "rejected")}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="train.parquet: not a Parquet file .*0x9b") as raised:
+        read_rows(tmp_path / "train.parquet")
+    in_one_line(raised.value)
+
+
+def test_a_run_whose_configuration_is_a_number(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("4")
+    with pytest.raises(UserError, match="config.yaml: not what a run of this version writes") as raised:
+        load_run(tmp_path)
     in_one_line(raised.value)
 
 

@@ -23,10 +23,9 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
     # A cache of its own, thrown away: the shared one knows a file by its date and would miss a quick change.
     with _quiet(datasets), tempfile.TemporaryDirectory() as cache:
         try:
-            table = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
-        except Exception as error:  # datasets wraps whatever pyarrow raised in errors of its own
+            return datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True).to_list()
+        except Exception as error:  # datasets wraps whatever pyarrow raised in errors of its own; texts may be no UTF-8
             raise UserError(f"{path}: not a Parquet file ({_one_line(error.__cause__ or error)})") from error
-        return table.to_list()
 
 
 def read_hub(source: HubSource) -> tuple[Rows, Rows]:
