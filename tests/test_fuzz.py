@@ -340,14 +340,14 @@ def test_a_parquet_text_that_is_no_utf_8(tmp_path: Path) -> None:
     offsets = pyarrow.py_buffer(struct.pack("<2i", 0, 1))
     text = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, pyarrow.py_buffer(b"\x9b")])
     parquet.write_table(pyarrow.table({name: text for name in ("prompt", "chosen", "rejected")}), tmp_path / "train.parquet")
-    with pytest.raises(UserError, match="train.parquet: not a Parquet file .*0x9b") as raised:
+    with pytest.raises(UserError, match=r"train\.parquet: not a Parquet file .*0x9b") as raised:
         read_rows(tmp_path / "train.parquet")
     in_one_line(raised.value)
 
 
 def test_a_run_whose_configuration_is_a_number(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("4")
-    with pytest.raises(UserError, match="config.yaml: not what a run of this version writes") as raised:
+    with pytest.raises(UserError, match=r"config\.yaml: not what a run of this version writes") as raised:
         load_run(tmp_path)
     in_one_line(raised.value)
 
