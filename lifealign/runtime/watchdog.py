@@ -30,6 +30,9 @@ BEAT_SECONDS = 1.0
 PAUSED_SECONDS = 5.0
 """A watcher that did not come to look for so long was itself held up, and knows nothing of the others."""
 
+MEETING_SECONDS = 5.0
+"""How long a run waits at its start for the first datagrams; they take milliseconds, or do not come through."""
+
 WAITING = (os.path.join("torch", "distributed"), os.path.join("deepspeed", "comm"))
 """A main thread in files of these folders waits for other ranks."""
 
@@ -79,6 +82,7 @@ def watched(options: RuntimeOptions) -> Iterator[None]:
     if watch is None:
         yield
         return
+    watch.meet()
     thread = threading.Thread(target=watch.run, name="watchdog", daemon=True)
     thread.start()
     try:
@@ -128,6 +132,17 @@ class _Watch:
     verdict: str | None = None
     _mark: tuple[Any, ...] = ()  # what the main thread did when it was last seen to get on
     _since: float = 0.0
+
+    def meet(self) -> None:
+        """Hear of each other once, so that a rank which falls silent from then on is missed."""
+        wanted = set(range(1, distributed.world_size())) if distributed.is_main() else {0}
+        deadline = time.monotonic() + MEETING_SECONDS
+        while not wanted <= self.seen.keys() and time.monotonic() < deadline:
+            self._beat()
+            self._listen()
+        self._beat()  # an answer to the last that was heard
+        if missing := sorted(wanted - self.seen.keys()):
+            log.warning("no datagrams of these ranks come through, and nobody here will notice their silence: %s", missing)
 
     def run(self) -> None:
         """Until it is done: tell, listen, judge."""
