@@ -34,6 +34,7 @@ LAYERS: list[tuple[str, ...]] = [
     ),
     ("pretrain",),
     ("lifelong",),
+    ("assembly", "resuming"),
     ("config",),
     ("trainer",),
     ("strategies",),
