@@ -301,6 +301,7 @@ class Lifelong:
             "scores": self.scores(),
             "strategy": strategy.values,
             "data": {task.name: task.data_hash for task in self.tasks},
+            "base": self.reference.base,
         }
         return Checkpoint("", values, tensors, strategy.files)
 
@@ -372,6 +373,7 @@ class Lifelong:
         write_factors(self.policy.model, parts["adapter"], dict.fromkeys(parts["adapter"], 0))
         write_added(self.policy, parts["added"])
         self.reference.load_state_dict(parts["reference"])
+        self.reference.base = state.get("base")
         self.strategy.load_state_dict(State(state["strategy"], parts["strategy"], found.files))
         self.tracker.rewind(state["metrics_bytes"], state["metrics_sha256"])
         between_phases = {name: tensor for name, tensor in found.tensors.items() if not name.startswith("midway/")}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -16,12 +16,15 @@ from support import REPOSITORY, command, end_here
 
 from lifealign.command import conf_dir, exit_codes
 from lifealign.errors import UserError
+from lifealign.evaluation.scores import ScoreBook
 from lifealign.runtime.files import read_json, write_json
 from lifealign.runtime.lock import locked
 from lifealign.study.command import study
 from lifealign.study.grid import ANY, Cell, Grid, merged
 from lifealign.study.options import load, read_arguments
-from lifealign.study.runner import BUSY, Runner, is_finished, read_record
+from lifealign.study.origin import commit, machine
+from lifealign.study.record import is_finished, read_record
+from lifealign.study.runner import BUSY, Runner
 from lifealign.study.tuning import best_scale, choose, trials
 
 STUDIES = sorted(path.stem for path in (conf_dir() / "study").glob("*.yaml"))
@@ -165,16 +168,22 @@ def test_no_rate_is_chosen_before_all_short_runs_have_ended(tmp_path: Path) -> N
     small = grid(WITH_BUFFER, "study.tuning.scales=[1,2]", f"study.dir={tmp_path}")
     (trial,) = trials(small)
 
-    def scored(value: float | None) -> dict[str, Any]:
-        return {"metrics": {"mean_log_sigmoid": {"last": value}, "chosen_nll": {"last": 2.0}}}
+    def write(cell: Cell, code: int | None, score: float | None) -> None:
+        """A short run that ended so, with this mean log σ(r)."""
+        cell.kept.unlink(missing_ok=True)
+        book = ScoreBook(["instruct"])
+        book.record("mean_log_sigmoid", 0, 0, score)
+        book.record("chosen_nll", 0, 0, 2.0)
+        write_json(cell.folder / "cell.json", {"overrides": list(cell.overrides), "exit_code": code})
+        write_json(cell.folder / "scores.json", book.to_json("seqft", "dpo", cell.seed))
+        sizes = dict.fromkeys(("epochs", "batch_size", "micro_batch_size", "gradient_accumulation_steps"), 1)
+        write_json(cell.folder / "config.yaml", {"model": {"path": "base"}, "sft": sizes, "preference": sizes})
 
     def end(scale: float, code: int | None, score: float | None) -> None:
         """Of the two short runs one is always at its end, with a score 0.2 below."""
         cell, other = trial.cells[scale]
-        write_json(other.folder / "cell.json", {"overrides": list(other.overrides), "exit_code": 0})
-        write_json(other.folder / "scores.json", scored((score or 0) - 0.2))
-        write_json(cell.folder / "cell.json", {"overrides": list(cell.overrides), "exit_code": code})
-        write_json(cell.folder / "scores.json", scored(score))
+        write(other, 0, (score or 0) - 0.2)
+        write(cell, code, score)
 
     end(1.0, 0, -0.6)
     end(2.0, None, -0.5)  # was interrupted
@@ -212,6 +221,7 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log, self.script = folder, folder / "log", folder / "script.py"
+        self.finished: list[Cell] = []
         self.script.write_text(SCRIPT)
 
     def cell(self, number: int, sleep: float = 0.0, code: int = 0) -> Cell:
@@ -220,7 +230,7 @@ class Bench:
 
     def run(self, cells: list[Cell], parallel: int = 2) -> Runner:
         with locked(self.folder, BUSY) as lock:
-            runner = Runner(self.script, parallel, lock)
+            runner = Runner(self.script, parallel, lock, self.finished.append)
             runner.run(cells, "title")
         return runner
 
@@ -238,6 +248,7 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again(bench: Bench, capfd: py
     bench.run(cells, parallel=1)
     assert [read_record(cell).exit_code for cell in cells] == [3, 0, 0]
     assert "exit code 3: error: so it goes" in capfd.readouterr().out
+    assert bench.finished == cells[1:]
     bench.run(cells, parallel=1)
     assert [read_record(cell).exit_code for cell in cells] == [0, 0, 0]
     assert [read_record(cell).attempts for cell in cells] == [2, 1, 1]
@@ -264,6 +275,7 @@ def test_the_record_holds_time_over_attempts_and_memory(bench: Bench) -> None:
     assert first >= 0.4 and record.wall_seconds >= first + 0.4
     assert 5 < record.peak_memory_mib < 20_000
     assert record.overrides == list(cell.overrides) and record.steps is None
+    assert record.commit == commit(bench.folder) and record.machine == machine() and re.fullmatch(r"[\d-]{10}", record.date)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

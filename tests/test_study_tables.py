@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from lifealign.study.figures import draw_methods, draw_sweep
 from lifealign.study.grid import Cell, Grid
 from lifealign.study.options import load
 from lifealign.study.page import Facts, page
+from lifealign.study.record import check_settings, is_finished
 from lifealign.study.report import write_report
 from lifealign.study.results import Result, check_budget, figure_weights, read_results
 from lifealign.study.statistics import bootstrap, is_learned, places, summarise
@@ -103,7 +105,7 @@ TASKS = ["instruct", "hc3"]
 SETTINGS = {"epochs": 2, "batch_size": 8, "micro_batch_size": 4, "gradient_accumulation_steps": None}
 
 
-def write_cell(cell: Cell, margins: Sequence[Sequence[Sequence[float]]], **settings: Any) -> None:
+def write_cell(cell: Cell, margins: Sequence[Sequence[Sequence[float]]], *, base: str = "abc", **settings: Any) -> None:
     """What train.py leaves that a study reads."""
     book = ScoreBook(TASKS)
     for row, scored in enumerate(margins):
@@ -120,7 +122,8 @@ def write_cell(cell: Cell, margins: Sequence[Sequence[Sequence[float]]], **setti
     write_json(cell.folder / "cell.json", {"overrides": list(cell.overrides), **record})
     known = {"model": {"path": "bundled"}, "sft": SETTINGS, "preference": SETTINGS, **settings}
     (cell.folder / "config.yaml").write_text(yaml.safe_dump(known))
-    write_json(cell.folder / "checkpoints" / "00006" / "state.json", {"data": {task: "hash" for task in TASKS}, "steps": 12})
+    state = {"data": {task: "hash" for task in TASKS}, "base": base, "steps": 12}
+    write_json(cell.folder / "checkpoints" / "00006" / "state.json", state)
     steps = [{"kind": "step", "gated_share": 0.25}, {"kind": "step", "gated_share": 0.75}, {"kind": "step", "loss": 1.0}]
     write_json_lines(cell.folder / "metrics.jsonl", steps)
 
@@ -211,10 +214,46 @@ def test_pair_values_of_the_continuous_metrics(results: list[Result]) -> None:
 def test_unequal_budgets_make_no_table(study: Grid, results: list[Result]) -> None:
     check_budget(results)
     cell = results[-1].cell
+    cell.kept.unlink()
     write_cell(cell, MARGINS[cell.method, cell.seed], preference={**SETTINGS, "epochs": 3})
     with pytest.raises(UserError, match=r"differ in preference\.epochs: 2 -> 3"):
-        write_report(study, {}, "command", Path())
+        write_report(study, {}, "command")
     assert (study.options.folder / "results.csv").exists() and not (study.options.folder / "study.md").exists()
+
+
+def test_a_base_of_other_weights_makes_no_table(study: Grid, results: list[Result]) -> None:
+    cell = results[-1].cell
+    cell.kept.unlink()
+    write_cell(cell, MARGINS[cell.method, cell.seed], base="other weights in the same folder")
+    with pytest.raises(UserError, match=r"differ in model\.hash: abc -> other weights"):
+        write_report(study, {}, "command")
+
+
+def test_the_page_can_be_had_without_the_runs(study: Grid, results: list[Result]) -> None:
+    """Of each finished cell a file stays; folders may go, to free the disk or because the machine is another one."""
+    frame = tidy("main", results)
+    for result in results:
+        shutil.rmtree(result.cell.folder)
+        assert is_finished(result.cell) and result.cell.kept.stat().st_size < 4096
+    again = read_results(study.cells({}))
+    assert tidy("main", again).equals(frame) and len(again) == 5
+    first, second = (table_of(study, found) for found in (results, again))
+    for figure in ("last", "bwt", "ap"):
+        wanted = first.difference("lifealign", "er", "preference_accuracy", figure)
+        assert second.difference("lifealign", "er", "preference_accuracy", figure) == wanted is not None
+    write_report(study, {}, "command")
+    assert "**5 of 6 cells finished**" in (study.options.folder / "study.md").read_text()
+
+
+def test_what_is_kept_with_other_settings_is_refused_and_what_is_damaged_told(results: list[Result]) -> None:
+    cell = results[0].cell
+    shutil.rmtree(cell.folder)
+    other = replace(cell, overrides=(*cell.overrides, "more=1"))
+    with pytest.raises(UserError, match=rf"other settings \(more=1\).*removing that folder and {cell.kept.name}"):
+        check_settings([other])
+    cell.kept.write_bytes(cell.kept.read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"{cell.kept.name} is not what a study keeps of a cell"):
+        is_finished(cell)
 
 
 def table_of(study: Grid, results: list[Result]) -> Table:
@@ -248,10 +287,11 @@ def test_the_csv_is_tidy(study: Grid, results: list[Result]) -> None:
 
 def test_the_page(study: Grid, results: list[Result]) -> None:
     """Last of ER: 75 and 62.5, mean 68.75, deviation 12.5/sqrt 2 = 8.84, error 6.25. MTL is better and not ranked."""
-    facts = Facts("python x", "abc", "2025-01-01", "a machine", 5, 6, ["er, seed 0: exit code 1: `so it goes`"])
+    facts = Facts("python x", ["Commit abc, 2025-01-01, a machine"], 5, 6, ["er, seed 0: exit code 1: `so it goes`"])
     task = {"task": "instruct", "train": 8, "held_out": 4, "cues": {"more_questions": 50.0}}
     tuned = {"method": "seqft", "regime": "any", "variants": [["er", "twenty"]], "scores": {"1": {}}, "chosen": None}
     text = page(study, facts, [table_of(study, results)], [tuned], [task], ["picture.png"])
+    assert "- Commit abc, 2025-01-01, a machine\n- 2 cells at once" in text
     assert "**5 of 6 cells finished**" in text and "so it goes" in text and "![picture.png](picture.png)" in text
     assert "| ER | *68.75 ± 8.84 (6.25)* | *-25.00 ± 0.00 (0.00)* | – | *78.12 ± 4.42 (3.12)* | 2 |" in text
     assert "| LifeAlign | **93.75 ± 8.84 (6.25)** | **-12.50 ± 17.68 (12.50)** | – | **96.88 ± 4.42 (3.12)** | 2 |" in text

@@ -99,12 +99,14 @@ class Comparison:
     @cached_property
     def differing(self) -> dict[str, dict[str, Any]]:
         """Settings in which runs differ: each run's value by its name."""
-        return _unequal({run.name: _flat(run.result.settings) for run in self.runs})
+        return _unequal({run.name: _flat(run.settings) for run in self.runs})
 
     @cached_property
     def other_rows(self) -> dict[str, dict[str, Any]]:
         """Tasks of which runs saw other training rows, as the held-out ones are the same: hashes by the names of runs."""
-        return _unequal({run.name: {task: digest[:8] for task, digest in run.result.data.items()} for run in self.runs})
+        return _unequal(
+            {run.name: {task: digest[:8] for task, digest in run.result.budget["data"].items()} for run in self.runs}
+        )
 
     @cached_property
     def labels(self) -> dict[str, str]:

@@ -9,15 +9,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from lifealign.errors import UserError
-from lifealign.evaluation.scores import ScoreBook, progress_note
-from lifealign.runtime.files import read_json
+from lifealign.evaluation.scores import progress_note
 from lifealign.study.grid import ANY, Cell
-from lifealign.study.results import Result
-from lifealign.study.runner import Record, newest_state
+from lifealign.study.record import Record
+from lifealign.study.results import Predictions, Result, read_predictions, result_of_run
 
 SEED = 0
 """Runs are compared one with another, held-out pair by held-out pair; to the tables of a study each is a method of one seed."""
@@ -32,6 +32,7 @@ class Run:
 
     name: str
     result: Result
+    settings: dict[str, Any]  # config.yaml
     rows: str | None  # sha256 of the held-out rows; None where no predictions were kept
 
     @property
@@ -102,25 +103,20 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut]]:
 
 def _read(folder: Path, name: str) -> Run:
     try:
-        book = ScoreBook.from_json(read_json(folder / "scores.json"))
         settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        sequence = settings["sequence"]["name"]
+        result = result_of_run(Cell(settings["sequence"]["name"], name, ANY, SEED, folder, ()), Record([]))
     except (ValueError, KeyError, TypeError, RecursionError, OSError, yaml.YAMLError) as error:
         what = " ".join(str(error).split())
-        raise UserError(f"{folder}: scores.json or config.yaml is not what a run writes ({what}); leave it out") from error
-    cell = Cell(sequence, name, ANY, SEED, folder, ())
-    result = Result(cell, Record([]), settings, newest_state(folder).get("data", {}), book)
-    return Run(name, result, _held_out(result))
+        raise UserError(f"{folder}: its files are not what a run writes ({what}); leave it out") from error
+    return Run(name, result, settings, _held_out(read_predictions(folder)))
 
 
-def _held_out(result: Result) -> str | None:
+def _held_out(predictions: Predictions) -> str | None:
     """sha256 over the held-out rows of each task in their order, from what the run said of them."""
-    if not any((result.cell.folder / "tasks").glob("*/predictions.jsonl")):
-        return None
     rows: dict[str, list[list[str]]] = {}
-    for scored in result.predictions:
+    for scored in predictions:
         rows |= {task: [[str(row[key]) for key in HELD_OUT] for row in of_task] for task, of_task in scored.items()}
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest() if rows else None
 
 
 def comparable(runs: Sequence[Run], against: Run | None) -> tuple[list[Run], list[LeftOut]]:

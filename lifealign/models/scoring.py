@@ -88,7 +88,8 @@ class ReferenceLogps:
     def __init__(self, cache: CacheOptions | None = None) -> None:
         self._known: dict[bytes, torch.Tensor] = {}
         self._options = cache if cache is not None and cache.enabled else None
-        self._base: str | None = None  # hash of the base, once it is known
+        self.base: str | None = None  # hash of the base, once it is known; the cache asks for it
+        self._hashed = False  # by this process: a checkpoint's word is not taken for it
         self._cache: ReferenceCache | None = None  # on rank 0, likewise
 
     def ensure(
@@ -112,13 +113,13 @@ class ReferenceLogps:
         """What the cache holds of the missing pairs. Rank 0 reads for all: what is left is computed by all ranks together."""
         if self._options is None:
             return {}
-        if self._base is None:
-            self._base = base_hash(policy)
+        if not self._hashed:
+            self._hashed, self.base = True, base_hash(policy)
             if distributed.is_main():
                 about = {"model": policy.base.name_or_path, "dtype": str(policy.dtype).removeprefix("torch.")}
                 about["device"] = distributed.device().type
                 folder, limit = reference_folder(self._options.dir), self._options.max_mib * 2**20
-                self._cache = ReferenceCache(folder, self._base, limit, about)
+                self._cache = ReferenceCache(folder, self.base, limit, about)
         found = self._cache.lookup(missing) if self._cache is not None else None
         return {key: torch.tensor(logps) for key, logps in distributed.broadcast_object(found).items()}
 

@@ -10,8 +10,10 @@ from lifealign.runtime.lock import locked
 from lifealign.runtime.terminal import console
 from lifealign.study.grid import Grid
 from lifealign.study.options import read_arguments
+from lifealign.study.record import is_finished
 from lifealign.study.report import write_report
-from lifealign.study.runner import BUSY, Runner, is_finished
+from lifealign.study.results import read_result
+from lifealign.study.runner import BUSY, Runner
 from lifealign.study.tuning import choose, trials
 
 
@@ -31,11 +33,11 @@ def study(arguments: Sequence[str], script: Path) -> int:
     options, passed = read_arguments(arguments)
     grid = Grid(options, passed)
     with locked(options.runs_folder, BUSY) as lock:
-        runner = Runner(script, options.parallel, lock)
+        runner = Runner(script, options.parallel, lock, read_result)
         if not options.report_only:
             _run(grid, runner)
         scales = choose(grid)
-        write_report(grid, scales, shlex.join(["python", "launch/study.py", *arguments]), script.parent)
+        write_report(grid, scales, shlex.join(["python", "launch/study.py", *arguments]))
     finished = {cell.folder for cell in grid.cells(scales) if is_finished(cell)}
     console.print(f"{len(finished)} of {grid.size} cells finished; {options.folder / 'study.md'}, results.csv")
     if runner.signal is not None:

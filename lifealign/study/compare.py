@@ -46,7 +46,7 @@ class Table:
         by_seed = []
         for seed in seeds:
             a, b = self.results[ours, seed], self.results[theirs, seed]
-            assert a.pair_ids() == b.pair_ids(), "the same rows in all cells of a table: check_budget has seen to it"
+            assert a.rows == b.rows, "the same rows in all cells of a table: check_budget has seen to it"
             parts_a, parts_b = a.pair_parts(metric, figure), b.pair_parts(metric, figure)
             assert parts_a is not None and parts_b is not None  # both have the figure
             by_seed.append([x - y for x, y in zip(parts_a, parts_b, strict=True)])

@@ -35,6 +35,11 @@ class Cell:
     overrides: tuple[str, ...]
 
     @property
+    def kept(self) -> Path:
+        """What tables need of it once it has finished; it stands for the cell where the folder is gone."""
+        return self.folder.with_name(self.folder.name + ".safetensors")
+
+    @property
     def name(self) -> str:
         parts = (self.method, "" if self.regime == ANY else self.regime, self.sequence, f"seed {self.seed}")
         return ", ".join(part for part in parts if part)

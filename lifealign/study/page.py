@@ -10,15 +10,14 @@ from lifealign.evaluation.scores import format_score, metric_info
 from lifealign.study.compare import Table
 from lifealign.study.grid import ANY, Grid
 from lifealign.study.paper import TABLES
+from lifealign.study.results import SLMC_FIGURES, STEP_FIGURES
 from lifealign.study.statistics import Summary, places
 from lifealign.study.table import (
     COST,
     DASH,
     FIGURES,
     LOGS,
-    SLMC_FIGURES,
     STABILITY,
-    STEP_FIGURES,
     decimals,
     interval_text,
     label,
@@ -45,9 +44,7 @@ class Facts:
     """What the top of the page says of the study."""
 
     command: str
-    commit: str
-    date: str
-    machine: str
+    origins: Sequence[str]  # a line for each code, day and machine that cells ran on
     finished: int
     planned: int
     troubles: Sequence[str]  # a line for each cell that failed, or could not be run
@@ -81,8 +78,8 @@ def _top(grid: Grid, facts: Facts) -> Iterator[str]:
     yield f"```sh\n{facts.command}\n```"
     yield "\n".join(
         (
-            f"- Commit {facts.commit}, {facts.date}",
-            f"- {facts.machine}; {grid.options.parallel} cells at once",
+            *(f"- {origin}" for origin in facts.origins),
+            f"- {grid.options.parallel} cells at once",
             f"- **{facts.finished} of {facts.planned} cells finished**; seeds {', '.join(map(str, grid.options.seeds))}",
         )
     )

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-import psutil
-import torch
 
 from lifealign.assets import SIX_DOMAINS
 from lifealign.config import build, load_run
@@ -26,12 +19,13 @@ from lifealign.study.compare import Table, tables
 from lifealign.study.figures import draw_methods, draw_sweep
 from lifealign.study.grid import Cell, Grid, Scales
 from lifealign.study.page import Facts, page
+from lifealign.study.record import read_record
 from lifealign.study.results import Result, check_budget, read_results
-from lifealign.study.runner import last_line, read_record
+from lifealign.study.runner import last_line
 from lifealign.study.table import metrics, tidy
 
 
-def write_report(grid: Grid, scales: Scales, command: str, repository: Path) -> None:
+def write_report(grid: Grid, scales: Scales, command: str) -> None:
     """Write everything that is made of finished cells, few or many, into the study's folder.
 
     Raises:
@@ -46,16 +40,15 @@ def write_report(grid: Grid, scales: Scales, command: str, repository: Path) -> 
         check_budget(list(table.results.values()))
     facts = Facts(
         command=command,
-        commit=_commit(repository),
-        date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        machine=_machine(),
+        origins=_origins(results),
         finished=len({result.cell.folder for result in results}),
         planned=grid.size,
         troubles=[*_failed(cells), *_untuned(scales)],
     )
     tuning = read_json(folder / "tuning.json") if grid.tuning is not None else []
     tasks: dict[str, dict[str, Any]] = {}
-    for of_sequence in {result.cell.sequence: result for result in reversed(results)}.values():
+    for sequence in grid.options.sequences:
+        of_sequence = [result for result in results if result.cell.sequence == sequence]
         tasks |= {task["task"]: task for task in _tasks(folder, of_sequence)}
     write_text(folder / "study.md", page(grid, facts, found, tuning, list(tasks.values()), _pictures(grid, found)))
 
@@ -75,6 +68,13 @@ def _pictures(grid: Grid, found: Sequence[Table]) -> list[str]:
     return names
 
 
+def _origins(results: Sequence[Result]) -> list[str]:
+    """What code ran the finished cells, when and on what machine: a line for each of these, in the order of days."""
+    records = [result.record for result in results]
+    found = sorted({(record.date, record.commit, record.machine) for record in records})
+    return [f"Commit {commit}, {date}, {machine}" for date, commit, machine in found]
+
+
 def _failed(cells: Sequence[Cell]) -> Iterator[str]:
     for cell in {cell.folder: cell for cell in cells}.values():
         record = read_record(cell)
@@ -88,44 +88,25 @@ def _untuned(scales: Scales) -> Iterator[str]:
             yield f"{method}, {regime}: no learning rate chosen, since not all of its short runs have ended"
 
 
-def _tasks(folder: Path, result: Result) -> list[dict[str, Any]]:
-    """Sizes of a cell's tasks and accuracies of trivial cues; kept under a hash of the rows, since loading them takes time."""
+def _tasks(folder: Path, results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Sizes of a sequence's tasks and accuracies of trivial cues; kept under a hash of the rows, since loading them takes time.
+
+    What is not kept yet is made from a cell whose folder is there; where all are gone there is nothing to say.
+    """
     kept = folder / "tasks.json"
-    digest = hashlib.sha256(json.dumps(result.data, sort_keys=True).encode()).hexdigest()
     known: dict[str, Any] = read_json(kept) if kept.exists() else {}
-    if digest not in known:
-        config = build(load_run(result.cell.folder))
-        tasks = load_tasks(config.sequence, config.data, load_tokenizer(config.model), SIX_DOMAINS)
-        known[digest] = [_task(task) for task in tasks]
-        write_json(kept, known)
-    return known[digest]
+    for result in results:
+        digest = hashlib.sha256(json.dumps(result.budget["data"], sort_keys=True).encode()).hexdigest()
+        if digest not in known and result.cell.folder.exists():
+            config = build(load_run(result.cell.folder))
+            tasks = load_tasks(config.sequence, config.data, load_tokenizer(config.model), SIX_DOMAINS)
+            known[digest] = [_task(task) for task in tasks]
+            write_json(kept, known)
+        if digest in known:
+            return known[digest]
+    return []
 
 
 def _task(task: Task) -> dict[str, Any]:
     sizes = {"train": len(task.train), "held_out": len(task.test)}
     return {"task": task.name, **sizes, "cues": cue_accuracies(task.test)}
-
-
-def _commit(repository: Path) -> str:
-    """The commit of the checkout, and whether files differ from it; what is no checkout has none."""
-
-    def git(*words: str) -> str:
-        ended = subprocess.run(["git", "-C", str(repository), *words], capture_output=True, text=True)
-        return ended.stdout.strip() if ended.returncode == 0 else ""
-
-    commit = git("rev-parse", "--short", "HEAD") or "unknown"
-    return f"{commit} with changes" if git("status", "--porcelain", "--untracked-files=no") else commit
-
-
-def _machine() -> str:
-    """The processor, its cores and memory, and the accelerator."""
-    model, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in _lines(info) if line.startswith("model name")]
-    parts = [names[0] if names else model, f"{os.cpu_count()} cores", f"{psutil.virtual_memory().total / 2**30:.0f} GiB"]
-    if torch.cuda.is_available():
-        parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
-    return ", ".join(parts)
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []

@@ -1,10 +1,12 @@
-"""What a finished cell left on disk, and whether cells may be compared at all."""
+"""What a finished cell came to: its scores, the margins behind them, what it was given; and which cells may be compared."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ import yaml
 from lifealign.config import differences
 from lifealign.errors import UserError
 from lifealign.evaluation.scores import ScoreBook
+from lifealign.run import consolidation_summary
 from lifealign.runtime.files import read_json, read_json_lines
 from lifealign.study.grid import Cell
-from lifealign.study.runner import Record, is_finished, newest_state, read_record
+from lifealign.study.record import Record, is_finished, keep, newest_state, read_kept, read_kept_tensors, read_record
 from lifealign.study.statistics import is_learned
 
 SELECTOR = "preference_accuracy"
@@ -31,47 +34,54 @@ PAIR_VALUES = {
 """Metrics that are means over pairs: the value of each pair, from its margin r."""
 
 
+SLMC_FIGURES = {
+    "kept rank": "kept_rank",
+    "kept energy": "kept_energy",
+    "share in the span of history": "history_share",
+    "refined norm / update norm": "norm_ratio",
+}
+STEP_FIGURES = ("gated_share", "focal_weight")
+
+Predictions = list[dict[str, list[dict[str, Any]]]]
+"""What the models of a run said of held-out pairs: for each model that was scored, in the order of training, rows by task."""
+
+
 @dataclass(frozen=True)
 class Result:
-    """A finished cell."""
+    """A finished cell, by what tables are made of. No texts are in it, and no paths but that of the base.
+
+    Args:
+        budget: what must be the same in all cells of a table.
+        logs: what consolidation and the objective did, in the mean over stages and steps.
+        stability: the worst and the last score on old tasks while others were learned; None where nobody looked.
+        rows: for each task a hash of its held-out pairs' ids.
+        scored: (pairs,) margins r by task, for each model that was scored, in the order of training.
+    """
 
     cell: Cell
     record: Record
-    settings: dict[str, Any]  # config.yaml
-    data: dict[str, str]  # hash of the rows of each task
+    budget: dict[str, Any]
     book: ScoreBook
-
-    @cached_property
-    def predictions(self) -> list[dict[str, list[dict[str, Any]]]]:
-        """Scored pairs by task, for each folder below ``tasks/``, in the order of training."""
-        folders = sorted((self.cell.folder / "tasks").iterdir())
-        return [_by_task(read_json_lines(folder / "predictions.jsonl")) for folder in folders]
+    logs: dict[str, float] = field(default_factory=dict)
+    stability: dict[str, float] | None = None
+    rows: dict[str, str] = field(default_factory=dict)
+    scored: Sequence[Mapping[str, np.ndarray]] = ()
 
     def margins(self, after: int, on: int) -> np.ndarray:
         """(pairs,) margins r of a task's held-out pairs after a row of the score matrix.
 
-        A model that stays in use is scored once, so they stand in the newest folder up to that row that has any.
+        A model that stays in use is scored once, so its margins are those of the newest model up to that row that has any.
         """
         task = self.book.tasks[on]
-        newest = next(scored for scored in reversed(self.predictions[: after + 1]) if task in scored)
-        return np.array([row["margin"] for row in newest[task]])
-
-    def pair_ids(self) -> list[list[str]]:
-        """Ids of each task's held-out pairs."""
-        last = len(self.book.tasks) - 1
-        rows = [
-            next(scored[task] for scored in reversed(self.predictions[: last + 1]) if task in scored)
-            for task in self.book.tasks
-        ]
-        return [[str(row["id"]) for row in of_task] for of_task in rows]
+        return next(scored[task] for scored in reversed(self.scored[: after + 1]) if task in scored)
 
     @cached_property
     def learned(self) -> list[bool]:
         """For each task but the last, whether its accuracy after its own training was above chance; empty where unknown."""
         if SELECTOR not in self.book.metrics or self.book.figures(SELECTOR)["bwt"] is None:
             return []
-        matrix, counts = self.book.matrix(SELECTOR), [len(ids) for ids in self.pair_ids()]
-        return [is_learned(float(matrix[j][j] or 0.0), counts[j]) for j in range(len(counts) - 1)]
+        matrix, last = self.book.matrix(SELECTOR), len(self.book.tasks) - 1
+        return [is_learned(float(matrix[j][j] or 0.0), len(self.margins(last, j))) for j in range(last)]
 
     def bwt_learned(self, metric: str) -> float | None:
         """BWT over the tasks that were learned at all; None where none was, or nothing is known of it."""
@@ -83,19 +93,13 @@ class Result:
         """A figure as a sum over tasks of means over pairs: (pairs,) a task. None where it is no such sum, or unknown."""
         if metric not in PAIR_VALUES or self.book.figures(metric).get(figure) is None:
             return None
-        parts = [np.zeros(len(ids)) for ids in self.pair_ids()]
-        for (after, on), weight in figure_weights(figure, len(parts)).items():
-            parts[on] = parts[on] + weight * PAIR_VALUES[metric](self.margins(after, on))
+        tasks = len(self.book.tasks)
+        parts = [np.zeros(len(self.margins(tasks - 1, task))) for task in range(tasks)]
+        for (after, on), weight in figure_weights(figure, tasks).items():
+            parts[on] = parts[on] + weight * PAIR_VALUES[metric](self.margins(after, on).astype(np.float64))
         total = sum(part.mean() for part in parts)
         assert abs(total - self.book.figures(metric)[figure]) < 1e-6 * max(1.0, abs(total)), (self.cell, metric, figure)
         return parts
-
-
-def _by_task(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    by_task = defaultdict(list)
-    for row in rows:
-        by_task[row["task"]].append(row)
-    return dict(by_task)
 
 
 def figure_weights(figure: str, tasks: int) -> dict[tuple[int, int], float]:
@@ -112,34 +116,115 @@ def figure_weights(figure: str, tasks: int) -> dict[tuple[int, int], float]:
 
 def read_results(cells: Sequence[Cell]) -> list[Result]:
     """The cells that have finished, in their order; those that share a folder each have a result."""
-    return [_read(cell) for cell in cells if is_finished(cell)]
+    return [read_result(cell) for cell in cells if is_finished(cell)]
 
 
-def _read(cell: Cell) -> Result:
-    record = read_record(cell)
-    assert record is not None
+def read_result(cell: Cell) -> Result:
+    """What was kept of a finished cell, which is written now if it was not."""
+    if not cell.kept.exists():
+        record = read_record(cell)
+        assert record is not None
+        write_result(result_of_run(cell, record))
+    facts = read_kept(cell)
+    scored: defaultdict[int, dict[str, np.ndarray]] = defaultdict(dict)
+    for name, margins in read_kept_tensors(cell).items():
+        model, _, task = name.partition("/")
+        scored[int(model)][task] = margins
+    return Result(
+        cell,
+        Record(**facts["record"]),
+        facts["budget"],
+        ScoreBook.from_json(facts["scores"]),
+        facts["logs"],
+        facts["stability"],
+        facts["rows"],
+        [scored[model] for model in range(max(scored, default=-1) + 1)],
+    )
+
+
+def write_result(result: Result) -> None:
+    facts = {
+        "record": asdict(result.record),
+        "budget": result.budget,
+        "scores": result.book.to_json(result.cell.method, "", result.cell.seed),
+        "logs": result.logs,
+        "stability": result.stability,
+        "rows": result.rows,
+    }
+    tensors = {f"{model}/{task}": of for model, scored in enumerate(result.scored) for task, of in scored.items()}
+    keep(result.cell, facts, tensors)
+
+
+def result_of_run(cell: Cell, record: Record) -> Result:
+    """What the run in a cell's folder came to."""
     settings = yaml.safe_load((cell.folder / "config.yaml").read_text(encoding="utf-8"))
-    book = ScoreBook.from_json(read_json(cell.folder / "scores.json"))
-    return Result(cell, record, settings, newest_state(cell.folder)["data"], book)
+    found = read_predictions(cell.folder)
+    rows: dict[str, str] = {}
+    for by_task in found:
+        rows |= {task: _ids_hash(of_task) for task, of_task in by_task.items()}
+    gap = cell.folder / "stability.json"
+    return Result(
+        cell,
+        record,
+        _budget(settings, newest_state(cell)),
+        ScoreBook.from_json(read_json(cell.folder / "scores.json")),
+        _logged(cell.folder),
+        {figure: read_json(gap)[figure] for figure in ("worst", "end", "gap")} if gap.exists() else None,
+        rows,
+        [{task: _margins(of_task) for task, of_task in by_task.items() if "margin" in of_task[0]} for by_task in found],
+    )
 
 
-def budget(result: Result) -> dict[str, Any]:
-    """What must be the same in all cells of a table: rows, base, epochs, batch sizes."""
+def read_predictions(folder: Path) -> Predictions:
+    """Of a run; empty where it kept none."""
+    found: Predictions = []
+    for path in sorted((folder / "tasks").glob("*/predictions.jsonl")):
+        by_task = defaultdict(list)
+        for row in read_json_lines(path):
+            by_task[row["task"]].append(row)
+        found.append(dict(by_task))
+    return found
+
+
+def _margins(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    return np.array([row["margin"] for row in rows], dtype=np.float32)
+
+
+def _ids_hash(rows: Sequence[Mapping[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps([str(row["id"]) for row in rows]).encode()).hexdigest()
+
+
+def _logged(folder: Path) -> dict[str, float]:
+    """The first update has no past, so it is left out of the share in the span of history."""
+    entries, found = consolidation_summary(folder), {}
+    for shown, figure in SLMC_FIGURES.items():
+        values = [entry[shown] for entry in (entries[1:] if figure == "history_share" else entries)]
+        if values:
+            found[figure] = float(np.mean(values))
+    path = folder / "metrics.jsonl"
+    steps = [row for row in read_json_lines(path) if row["kind"] == "step"] if path.exists() else []
+    for figure in STEP_FIGURES:
+        values = [row[figure] for row in steps if row.get(figure) is not None]
+        if values:
+            found[figure] = float(np.mean(values))
+    return found
+
+
+def _budget(settings: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows, base, epochs, batch sizes. The base is known by its weights, whatever folder they lie in."""
     sizes = ("epochs", "batch_size", "micro_batch_size", "gradient_accumulation_steps")
-    stages = {stage: {key: result.settings[stage][key] for key in sizes} for stage in ("sft", "preference")}
-    return {"data": result.data, "model": {"path": result.settings["model"]["path"]}, **stages}
+    stages = {stage: {key: settings[stage][key] for key in sizes} for stage in ("sft", "preference")}
+    base = {"path": settings["model"]["path"], "hash": state.get("base")}
+    return {"data": state.get("data", {}), "model": base, **stages}
 
 
 def check_budget(results: Sequence[Result]) -> None:
     """Raises UserError where cells of one table were not trained on the same rows, base, epochs and batch sizes."""
-    if not results:
-        return
-    first = results[0]
     for other in results[1:]:
-        changed = differences(budget(first), budget(other))
+        changed = differences(results[0].budget, other.budget)
         if changed:
             raise UserError(
-                f"no table is made of unequal budgets: {_at(first.cell.folder)} and {_at(other.cell.folder)} differ in "
+                f"no table is made of unequal budgets: {_at(results[0].cell.folder)} and {_at(other.cell.folder)} differ in "
                 f"{changed[0]}; run them again with the same settings, or in another study.dir"
             )
 

@@ -8,22 +8,22 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lifealign.errors import UserError
-from lifealign.runtime import checkpoint
-from lifealign.runtime.files import read_json, write_json
+from lifealign.runtime.files import write_json
 from lifealign.runtime.terminal import console
 from lifealign.study.grid import Cell
+from lifealign.study.origin import commit, machine
+from lifealign.study.record import RECORD, Record, check_settings, is_finished, newest_state, read_record
 
-RECORD, OUTPUT = "cell.json", "output.txt"
+OUTPUT = "output.txt"
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 10.0
 """How long a cell that is asked to end may take before it is killed. What it loses is the stage it was in."""
@@ -31,42 +31,6 @@ GRACE_SECONDS = 10.0
 BUSY = "a study, or a cell of one, is running there; wait for it or end it"
 
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes that ru_maxrss counts in
-
-
-@dataclass
-class Record:
-    """``cell.json``: how a cell ended, and what it took over all its attempts. Without exit code: it has not ended."""
-
-    overrides: list[str]
-    exit_code: int | None = None
-    wall_seconds: float = 0.0
-    peak_memory_mib: float = 0.0  # largest resident set of the process
-    steps: int | None = None  # optimiser steps
-    attempts: int = 0
-
-
-def read_record(cell: Cell) -> Record | None:
-    path = cell.folder / RECORD
-    return Record(**read_json(path)) if path.exists() else None
-
-
-def is_finished(cell: Cell) -> bool:
-    record = read_record(cell)
-    return record is not None and record.exit_code == 0
-
-
-def check_settings(cells: Sequence[Cell]) -> None:
-    """Raises UserError where a cell's folder holds a run, or a part of one, with other settings."""
-    for cell in cells:
-        record = read_record(cell)
-        if record is None or record.overrides == list(cell.overrides):
-            continue
-        if record.exit_code == 0 or checkpoint.newest_folder(cell.folder / "checkpoints") is not None:
-            changed = sorted(set(record.overrides) ^ set(cell.overrides))
-            raise UserError(
-                f"{cell.folder} was run with other settings ({', '.join(changed)}); "
-                "another study.runs=DIR starts anew, removing that folder runs this cell again"
-            )
 
 
 @dataclass
@@ -84,10 +48,12 @@ class Runner:
         script: launch/train.py.
         parallel: cells at once; each gets an equal share of the cores.
         lock: a file descriptor that every cell inherits, so that the lock on it is held while any of them lives.
+        finished: called with each cell that comes to its end.
     """
 
-    def __init__(self, script: Path, parallel: int, lock: int) -> None:
-        self.script, self.parallel, self.lock = script, parallel, lock
+    def __init__(self, script: Path, parallel: int, lock: int, finished: Callable[[Cell], object]) -> None:
+        self.script, self.parallel, self.lock, self.finished = script, parallel, lock, finished
+        self.commit, self.machine = commit(script.parent), machine()
         self.running: list[_Running] = []
         self.signal: int | None = None
         """The signal that ended the study, if one did."""
@@ -111,7 +77,15 @@ class Runner:
 
     def _start(self, cell: Cell) -> _Running:
         before = read_record(cell) or Record([])
-        record = Record(list(cell.overrides), None, before.wall_seconds, before.peak_memory_mib, None, before.attempts + 1)
+        record = Record(
+            list(cell.overrides),
+            wall_seconds=before.wall_seconds,
+            peak_memory_mib=before.peak_memory_mib,
+            attempts=before.attempts + 1,
+            commit=self.commit,
+            date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+            machine=self.machine,
+        )
         write_json(cell.folder / RECORD, asdict(record))
         words = [sys.executable, str(self.script), *cell.overrides, f"run.dir={_quoted(cell.folder)}", "resume=auto"]
         with open(cell.folder / OUTPUT, "wb") as output:
@@ -144,8 +118,10 @@ class Runner:
         record.exit_code = None if self.signal is not None and code < 0 else code
         record.wall_seconds += time.monotonic() - running.started
         record.peak_memory_mib = max(record.peak_memory_mib, peak_mib)
-        record.steps = newest_state(cell.folder).get("steps")
+        record.steps = newest_state(cell).get("steps")
         write_json(cell.folder / RECORD, asdict(record))
+        if record.exit_code == 0:
+            self.finished(cell)
         progress.advance(progress.task_ids[0])
         ending = {0: "finished", None: "stopped"}.get(record.exit_code) or f"exit code {code}: {last_line(cell)}"
         bar = progress.tasks[0]
@@ -174,12 +150,6 @@ class Runner:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def newest_state(folder: Path) -> dict[str, Any]:
-    """``state.json`` of a run's newest checkpoint; empty where there is none."""
-    newest = checkpoint.newest_folder(folder / "checkpoints")
-    return read_json(newest / checkpoint.STATE) if newest else {}
 
 
 def last_line(cell: Cell) -> str:

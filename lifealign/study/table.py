@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from lifealign.evaluation.scores import format_score, metric_info
-from lifealign.run import consolidation_summary
-from lifealign.runtime.files import read_json, read_json_lines
 from lifealign.study.grid import ANY
 from lifealign.study.results import Result
 from lifealign.study.statistics import Interval
@@ -22,14 +19,7 @@ NO_SCORES = (COST, LOGS, STABILITY)
 IN_TEXT_MEAN = ("bleu4_char", "rouge_l", "judge")
 """The paper's tables hold the mean of these three; ours of those that were scored."""
 
-SLMC_FIGURES = {
-    "kept rank": "kept_rank",
-    "kept energy": "kept_energy",
-    "share in the span of history": "history_share",
-    "refined norm / update norm": "norm_ratio",
-}
 DASH = "–"
-STEP_FIGURES = ("gated_share", "focal_weight")
 
 
 def tidy(study: str, results: Sequence[Result]) -> pd.DataFrame:
@@ -54,11 +44,8 @@ def figures(result: Result) -> Iterator[tuple[str, str, float | None]]:
     yield COST, "wall_seconds", result.record.wall_seconds
     yield COST, "peak_memory_mib", result.record.peak_memory_mib
     yield COST, "steps", result.record.steps
-    yield from ((LOGS, figure, value) for figure, value in logged(result).items())
-    gap = result.cell.folder / "stability.json"
-    if gap.exists():
-        found = read_json(gap)
-        yield from ((STABILITY, figure, found[figure]) for figure in ("worst", "end", "gap"))
+    yield from ((LOGS, figure, value) for figure, value in result.logs.items())
+    yield from ((STABILITY, figure, value) for figure, value in (result.stability or {}).items())
 
 
 def _continual(result: Result, metric: str) -> dict[str, float | None]:
@@ -68,25 +55,6 @@ def _continual(result: Result, metric: str) -> dict[str, float | None]:
 
 def _mean(values: Sequence[float | None]) -> float | None:
     return None if any(value is None for value in values) else float(np.mean(values))  # type: ignore[arg-type]
-
-
-def logged(result: Result) -> dict[str, float]:
-    """What consolidation and the focal objective did, in the mean over a cell's stages and steps; what it has of them.
-
-    The first update has no past, so it is left out of the share in the span of history.
-    """
-    entries: list[dict[str, Any]] = consolidation_summary(result.cell.folder)
-    found = {}
-    for shown, figure in SLMC_FIGURES.items():
-        values = [entry[shown] for entry in (entries[1:] if figure == "history_share" else entries)]
-        if values:
-            found[figure] = float(np.mean(values))
-    steps = [row for row in read_json_lines(result.cell.folder / "metrics.jsonl") if row["kind"] == "step"]
-    for figure in STEP_FIGURES:
-        values = [row[figure] for row in steps if row.get(figure) is not None]
-        if values:
-            found[figure] = float(np.mean(values))
-    return found
 
 
 def of_table(frame: pd.DataFrame, sequence: str, regime: str) -> pd.DataFrame:

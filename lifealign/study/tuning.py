@@ -11,9 +11,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lifealign.runtime.files import read_json, write_json
+from lifealign.runtime.files import write_json
 from lifealign.study.grid import Cell, Grid, Scales, composed, learning_rates, merged
-from lifealign.study.runner import is_finished, read_record
+from lifealign.study.record import is_finished, read_record
+from lifealign.study.results import read_result
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def scores(cells: Sequence[Cell]) -> dict[str, float | None]:
     """What the short runs of a rate scored on the slice, by metric, means over seeds; empty where one has not finished."""
     if not all(is_finished(cell) for cell in cells):
         return {}
-    each = [read_json(cell.folder / "scores.json")["metrics"] for cell in cells]
-    values = {name: [of[name]["last"] for of in each] for name in each[0]}
+    each = [read_result(cell).book for cell in cells]
+    values = {name: [book.figures(name)["last"] for book in each] for name in each[0].metrics}
     return {name: None if None in of else math.fsum(of) / len(of) for name, of in values.items()}
 
 
