@@ -221,12 +221,21 @@ def test_unequal_budgets_make_no_table(study: Grid, results: list[Result]) -> No
     assert (study.options.folder / "results.csv").exists() and not (study.options.folder / "study.md").exists()
 
 
-def test_a_base_of_other_weights_makes_no_table(study: Grid, results: list[Result]) -> None:
-    cell = results[-1].cell
-    cell.kept.unlink()
-    write_cell(cell, MARGINS[cell.method, cell.seed], base="other weights in the same folder")
-    with pytest.raises(UserError, match=r"differ in model\.hash: abc -> other weights"):
+def test_cells_of_a_seed_start_from_one_base_and_seeds_may_have_their_own(study: Grid, results: list[Result]) -> None:
+    def rewrite(method: str, seed: int, **given: Any) -> None:
+        (cell,) = (r.cell for r in results if (r.cell.method, r.cell.seed) == (method, seed))
+        cell.kept.unlink(missing_ok=True)
+        write_cell(cell, MARGINS[method, seed], **given)
+
+    rewrite("lifealign", 1, base="others")
+    with pytest.raises(UserError, match=r"er/twenty/seed1 and .*lifealign/twenty/seed1 differ in model\.hash: abc -> others"):
         write_report(study, {}, "command")
+    rewrite("er", 1, base="others")
+    check_budget(read_results(study.cells({})))
+    rewrite("er", 1, base="others", sft={**SETTINGS, "epochs": 3})
+    rewrite("lifealign", 1, base="others", sft={**SETTINGS, "epochs": 3})
+    with pytest.raises(UserError, match=r"seed0 and .*seed1 differ in sft\.epochs"):
+        check_budget(read_results(study.cells({})))
 
 
 def test_the_page_can_be_had_without_the_runs(study: Grid, results: list[Result]) -> None:

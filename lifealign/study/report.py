@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,21 @@ def _pictures(grid: Grid, found: Sequence[Table]) -> list[str]:
 
 
 def _origins(results: Sequence[Result]) -> list[str]:
-    """What code ran the finished cells, when and on what machine: a line for each of these, in the order of days."""
+    """What code ran the finished cells, when, on what machine and from what base: a line for each of these."""
     records = [result.record for result in results]
     found = sorted({(record.date, record.commit, record.machine) for record in records})
-    return [f"Commit {commit}, {date}, {machine}" for date, commit, machine in found]
+    return [*(f"Commit {commit}, {date}, {machine}" for date, commit, machine in found), *_bases(results)]
+
+
+def _bases(results: Sequence[Result]) -> Iterator[str]:
+    """Where seeds start from bases of their own, which these are."""
+    seeds: dict[str, set[int]] = defaultdict(set)
+    for result in results:
+        base = result.budget["model"]
+        seeds[base["hash"] or base["path"]].add(result.cell.seed)
+    if len(seeds) > 1:
+        for base, of_base in sorted(seeds.items(), key=lambda item: sorted(item[1])):
+            yield f"Base {base[:12]} in the cells of seeds {', '.join(map(str, sorted(of_base)))}"
 
 
 def _failed(cells: Sequence[Cell]) -> Iterator[str]:

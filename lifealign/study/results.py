@@ -219,14 +219,26 @@ def _budget(settings: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, 
 
 
 def check_budget(results: Sequence[Result]) -> None:
-    """Raises UserError where cells of one table were not trained on the same rows, base, epochs and batch sizes."""
-    for other in results[1:]:
-        changed = differences(results[0].budget, other.budget)
-        if changed:
-            raise UserError(
-                f"no table is made of unequal budgets: {_at(results[0].cell.folder)} and {_at(other.cell.folder)} differ in "
-                f"{changed[0]}; run them again with the same settings, or in another study.dir"
-            )
+    """Raises UserError where cells of one table were not trained on the same rows, epochs and batch sizes, from the same base.
+
+    Seeds may have bases of their own: cells are compared seed by seed. Tasks, and what is asked of them, are common to all.
+    """
+    of_seed: dict[int, Result] = {}
+    for other in results:
+        first, same_seed = results[0], of_seed.setdefault(other.cell.seed, other)
+        for one, changed in (
+            (same_seed, differences(same_seed.budget, other.budget)),
+            (first, differences(_shared(first), _shared(other))),
+        ):
+            if changed:
+                raise UserError(
+                    f"no table is made of unequal budgets: {_at(one.cell.folder)} and {_at(other.cell.folder)} differ in "
+                    f"{changed[0]}; run them again with the same settings, or in another study.dir"
+                )
+
+
+def _shared(result: Result) -> dict[str, Any]:
+    return {key: value for key, value in result.budget.items() if key != "model"}
 
 
 def _at(folder: Path) -> str:
