@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from safetensors import safe_open
 from support import REPOSITORY, command, end_here
 
 from lifealign.command import conf_dir, exit_codes
@@ -23,7 +27,7 @@ from lifealign.study.command import study
 from lifealign.study.grid import ANY, Cell, Grid, merged
 from lifealign.study.options import load, read_arguments
 from lifealign.study.origin import commit, machine
-from lifealign.study.record import is_finished, read_record
+from lifealign.study.record import check_settings, is_finished, read_record
 from lifealign.study.runner import BUSY, Runner
 from lifealign.study.tuning import best_scale, choose, trials
 
@@ -105,13 +109,15 @@ def test_what_is_passed_on_beats_what_is_common_and_not_what_makes_the_method() 
     assert "strategy.buffer_size=20" in cells[0].overrides
 
 
-def test_cells_with_the_same_settings_share_a_folder() -> None:
+def test_cells_with_the_same_settings_share_a_folder(tmp_path: Path) -> None:
     """Of five values of lambda one is that of the method itself, 0.5: four folders more, not five."""
-    options = load("sensitivity", ["seeds=[0]", "tuning=null"])
+    options = load("sensitivity", ["seeds=[0]", "tuning=null", f"dir={tmp_path}"])
     options.only = ["lifealign", *(name for name in options.methods if name.startswith("lambda_"))]
     cells = Grid(options, []).cells({})
     assert len(cells) == 6 and len({cell.folder for cell in cells}) == 5
-    assert {c.folder for c in cells if c.method == "lambda_0.5"} == {c.folder for c in cells if c.method == "lifealign"}
+    (shared,) = {c.folder for c in cells if c.method == "lambda_0.5"} | {c.folder for c in cells if c.method == "lifealign"}
+    write_json(shared / "cell.json", {"overrides": list(cells[0].overrides), "exit_code": 0})
+    check_settings(cells)  # although their overrides do not read the same
 
 
 def test_a_typo_in_what_is_passed_on_is_told_before_anything_starts(tmp_path: Path) -> None:
@@ -176,6 +182,7 @@ def test_no_rate_is_chosen_before_all_short_runs_have_ended(tmp_path: Path) -> N
         book.record("chosen_nll", 0, 0, 2.0)
         write_json(cell.folder / "cell.json", {"overrides": list(cell.overrides), "exit_code": code})
         write_json(cell.folder / "scores.json", book.to_json("seqft", "dpo", cell.seed))
+        write_json(cell.folder / "checkpoints" / "00003" / "state.json", {"data": {"instruct": "hash"}, "steps": 3})
         sizes = dict.fromkeys(("epochs", "batch_size", "micro_batch_size", "gradient_accumulation_steps"), 1)
         write_json(cell.folder / "config.yaml", {"model": {"path": "base"}, "sft": sizes, "preference": sizes})
 
@@ -221,7 +228,8 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log, self.script = folder, folder / "log", folder / "script.py"
-        self.finished: list[Cell] = []
+        self.kept: list[Cell] = []
+        self.finished: Callable[[Cell], object] = self.kept.append
         self.script.write_text(SCRIPT)
 
     def cell(self, number: int, sleep: float = 0.0, code: int = 0) -> Cell:
@@ -230,7 +238,7 @@ class Bench:
 
     def run(self, cells: list[Cell], parallel: int = 2) -> Runner:
         with locked(self.folder, BUSY) as lock:
-            runner = Runner(self.script, parallel, lock, self.finished.append)
+            runner = Runner(self.script, parallel, lock, self.finished)
             runner.run(cells, "title")
         return runner
 
@@ -248,11 +256,22 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again(bench: Bench, capfd: py
     bench.run(cells, parallel=1)
     assert [read_record(cell).exit_code for cell in cells] == [3, 0, 0]
     assert "exit code 3: error: so it goes" in capfd.readouterr().out
-    assert bench.finished == cells[1:]
+    assert bench.kept == cells[1:]
     bench.run(cells, parallel=1)
     assert [read_record(cell).exit_code for cell in cells] == [0, 0, 0]
     assert [read_record(cell).attempts for cell in cells] == [2, 1, 1]
     assert len(bench.events()) == 2 * 4  # what was finished did not run again
+
+
+def test_results_that_cannot_be_written_end_no_other_cell(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
+    def full(cell: Cell) -> None:
+        raise OSError(28, "No space left on device")
+
+    cells = [bench.cell(0), bench.cell(1)]
+    bench.finished = full
+    bench.run(cells, parallel=1)
+    assert all(is_finished(cell) for cell in cells)
+    assert capfd.readouterr().out.count("No space left on device") == 2
 
 
 def test_no_more_cells_at_once_than_asked_for_and_each_has_its_share_of_cores(bench: Bench) -> None:
@@ -347,3 +366,14 @@ def test_a_small_study_from_its_command_to_its_page(tmp_path: Path) -> None:
     assert study([*words[2:], "study.report_only=true"], Path(words[1])) == 0
     assert "**2 of 2 cells finished**" in (folder / "study.md").read_text()
     assert read_json(folder / "cells" / "six_domains" / "seqft" / ANY / "seed0" / "cell.json") == record
+    for method in ("seqft", "er"):
+        (kept,) = (folder / "cells" / "six_domains" / method).glob("*/seed0.safetensors")
+        with safe_open(kept, "numpy") as file:
+            budget = json.loads(file.metadata()["result"])["budget"]
+        assert re.fullmatch("[0-9a-f]{64}", budget["model"]["hash"]) and {*budget["data"]} == {"instruct", "hc3"}
+    shutil.rmtree(folder / "cells" / "six_domains" / "seqft" / ANY / "seed0")
+    before = (folder / "study.md").read_text()
+    assert study(words[2:], Path(words[1])) == 0  # nothing is left to run
+    assert (folder / "study.md").read_text().replace(" study.report_only=true", "") == before.replace(
+        " study.report_only=true", ""
+    )

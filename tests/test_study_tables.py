@@ -21,9 +21,9 @@ from lifealign.study.figures import draw_methods, draw_sweep
 from lifealign.study.grid import Cell, Grid
 from lifealign.study.options import load
 from lifealign.study.page import Facts, page
-from lifealign.study.record import check_settings, is_finished
+from lifealign.study.record import check_settings, is_finished, read_record
 from lifealign.study.report import write_report
-from lifealign.study.results import Result, check_budget, figure_weights, read_results
+from lifealign.study.results import Result, check_budget, figure_weights, read_results, result_of_run
 from lifealign.study.statistics import bootstrap, is_learned, places, summarise
 from lifealign.study.table import figures, tidy, values
 
@@ -240,18 +240,48 @@ def test_cells_of_a_seed_start_from_one_base_and_seeds_may_have_their_own(study:
 
 def test_the_page_can_be_had_without_the_runs(study: Grid, results: list[Result]) -> None:
     """Of each finished cell a file stays; folders may go, to free the disk or because the machine is another one."""
-    frame = tidy("main", results)
+    cell = next(r.cell for r in results if (r.cell.method, r.cell.seed) == ("lifealign", 0))
+    cell.kept.unlink()
+    write_cell(cell, [[[0.1, 1 / 3, -1e-30, 7.0]], [[0.1, 1e-30, -0.7, 7.0], [2.5, -2.5]]])
+    write_json(cell.folder / "stability.json", {"worst": 40.0, "end": 50.0, "gap": 10.0, "tasks": {}})
+    of_runs = [result_of_run(result.cell, read_record(result.cell)) for result in results]
+    read_results(study.cells({}))
     for result in results:
         shutil.rmtree(result.cell.folder)
         assert is_finished(result.cell) and result.cell.kept.stat().st_size < 4096
     again = read_results(study.cells({}))
-    assert tidy("main", again).equals(frame) and len(again) == 5
-    first, second = (table_of(study, found) for found in (results, again))
+    assert tidy("main", again).equals(tidy("main", of_runs)) and len(again) == 5
+    assert of(again, "lifealign", 0)["stability", "gap"] == 10.0 and of(again, "er", 0)["logs", "gated_share"] == 0.5
+    first, second = (table_of(study, found) for found in (of_runs, again))
     for figure in ("last", "bwt", "ap"):
         wanted = first.difference("lifealign", "er", "preference_accuracy", figure)
         assert second.difference("lifealign", "er", "preference_accuracy", figure) == wanted is not None
     write_report(study, {}, "command")
     assert "**5 of 6 cells finished**" in (study.options.folder / "study.md").read_text()
+
+
+def test_what_was_kept_counts_and_not_what_a_folder_says_beside_it(results: list[Result]) -> None:
+    """Files from elsewhere, put beside the folder of a run that was begun here: skipping, checks and tables agree on them."""
+    cell = results[0].cell
+    write_json(cell.folder / "cell.json", {"overrides": ["more=1"], "exit_code": None})
+    assert is_finished(cell) and read_record(cell).overrides == list(cell.overrides)
+    check_settings([cell])
+
+
+def test_a_run_without_its_checkpoints_says_nothing_of_its_rows(results: list[Result]) -> None:
+    cell = results[0].cell
+    cell.kept.unlink()
+    shutil.rmtree(cell.folder / "checkpoints")
+    with pytest.raises(UserError, match=r"has finished and its checkpoints are gone"):
+        read_results([cell])
+
+
+def test_bases_are_compared_where_their_hashes_are_known(results: list[Result]) -> None:
+    unknown = replace(results[0], budget={**results[0].budget, "model": {"path": "bundled", "hash": None}})
+    check_budget([unknown, *results])
+    elsewhere = replace(results[0], budget={**results[0].budget, "model": {"path": "other", "hash": None}})
+    with pytest.raises(UserError, match=r"differ in model\.path: bundled -> other|differ in model\.path: other -> bundled"):
+        check_budget([elsewhere, *results])
 
 
 def test_what_is_kept_with_other_settings_is_refused_and_what_is_damaged_told(results: list[Result]) -> None:

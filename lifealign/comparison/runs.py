@@ -14,10 +14,11 @@ from typing import Any
 import yaml
 
 from lifealign.errors import UserError
-from lifealign.evaluation.scores import progress_note
+from lifealign.evaluation.scores import ScoreBook, progress_note
+from lifealign.runtime.files import read_json
 from lifealign.study.grid import ANY, Cell
-from lifealign.study.record import Record
-from lifealign.study.results import Predictions, Result, read_predictions, result_of_run
+from lifealign.study.record import Record, newest_state
+from lifealign.study.results import Predictions, Result, margins_of, read_predictions, rows_of
 
 SEED = 0
 """Runs are compared one with another, held-out pair by held-out pair; to the tables of a study each is a method of one seed."""
@@ -103,12 +104,15 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[LeftOut]]:
 
 def _read(folder: Path, name: str) -> Run:
     try:
+        book = ScoreBook.from_json(read_json(folder / "scores.json"))
         settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        result = result_of_run(Cell(settings["sequence"]["name"], name, ANY, SEED, folder, ()), Record([]))
+        cell = Cell(settings["sequence"]["name"], name, ANY, SEED, folder, ())
     except (ValueError, KeyError, TypeError, RecursionError, OSError, yaml.YAMLError) as error:
         what = " ".join(str(error).split())
-        raise UserError(f"{folder}: its files are not what a run writes ({what}); leave it out") from error
-    return Run(name, result, settings, _held_out(read_predictions(folder)))
+        raise UserError(f"{folder}: scores.json or config.yaml is not what a run writes ({what}); leave it out") from error
+    predictions, data = read_predictions(folder), newest_state(cell).get("data", {})
+    of_pairs = {"rows": rows_of(predictions), "scored": margins_of(predictions)}
+    return Run(name, Result(cell, Record([]), {"data": data}, book, **of_pairs), settings, _held_out(predictions))
 
 
 def _held_out(predictions: Predictions) -> str | None:

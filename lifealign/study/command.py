@@ -10,7 +10,7 @@ from lifealign.runtime.lock import locked
 from lifealign.runtime.terminal import console
 from lifealign.study.grid import Grid
 from lifealign.study.options import read_arguments
-from lifealign.study.record import is_finished
+from lifealign.study.record import check_settings, is_finished
 from lifealign.study.report import write_report
 from lifealign.study.results import read_result
 from lifealign.study.runner import BUSY, Runner
@@ -36,7 +36,9 @@ def study(arguments: Sequence[str], script: Path) -> int:
         runner = Runner(script, options.parallel, lock, read_result)
         if not options.report_only:
             _run(grid, runner)
+        check_settings([cell for trial in trials(grid) for cells in trial.cells.values() for cell in cells])
         scales = choose(grid)
+        check_settings(grid.cells(scales))
         write_report(grid, scales, shlex.join(["python", "launch/study.py", *arguments]))
     finished = {cell.folder for cell in grid.cells(scales) if is_finished(cell)}
     console.print(f"{len(finished)} of {grid.size} cells finished; {options.folder / 'study.md'}, results.csv")

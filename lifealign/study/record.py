@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -37,11 +37,11 @@ class Record:
 
 
 def read_record(cell: Cell) -> Record | None:
-    """From the cell's folder, or where that is gone from what was kept; None where nothing is known of the cell."""
+    """Of what was kept, or else from the cell's folder; None where nothing is known of the cell."""
     path = cell.folder / RECORD
-    if path.exists():
-        return Record(**read_json(path))
-    return Record(**read_kept(cell)["record"]) if cell.kept.exists() else None
+    if cell.kept.exists():
+        return read_kept(cell)[0]
+    return Record(**read_json(path)) if path.exists() else None
 
 
 def is_finished(cell: Cell) -> bool:
@@ -50,8 +50,8 @@ def is_finished(cell: Cell) -> bool:
 
 
 def check_settings(cells: Sequence[Cell]) -> None:
-    """Raises UserError where a cell's folder holds a run, or a part of one, with other settings."""
-    for cell in cells:
+    """Raises UserError where a cell ran, or began to, with other settings. Of cells that share a folder the first has run."""
+    for cell in {cell.folder: cell for cell in reversed(cells)}.values():
         record = read_record(cell)
         if record is None or record.overrides == list(cell.overrides):
             continue
@@ -72,23 +72,23 @@ def newest_state(cell: Cell) -> dict[str, Any]:
 # What is kept
 
 
-def keep(cell: Cell, facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
-    """Write the file beside a cell's folder: facts as JSON in its header, numbers as tensors."""
-    about = {"format": str(FORMAT), "result": json.dumps(facts, allow_nan=False)}
-    write_bytes(cell.kept, safetensors.numpy.save(dict(tensors), about))
+def keep(cell: Cell, record: Record, facts: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+    """Write the file beside a cell's folder: record and facts as JSON in its header, numbers as tensors."""
+    result = json.dumps({"record": asdict(record), **facts}, allow_nan=False)
+    write_bytes(cell.kept, safetensors.numpy.save(dict(tensors), {"format": str(FORMAT), "result": result}))
 
 
-def read_kept(cell: Cell) -> dict[str, Any]:
-    """The facts. Raises UserError where the file is no such file."""
+def read_kept(cell: Cell) -> tuple[Record, dict[str, Any]]:
+    """The record and the other facts. Raises UserError where the file is no such file."""
     try:
         with safe_open(cell.kept, "numpy") as file:
             about = file.metadata() or {}
         if about.get("format") != str(FORMAT):
             raise ValueError(f"format {about.get('format')}, not {FORMAT}")
         facts: dict[str, Any] = json.loads(about["result"])
-    except (SafetensorError, ValueError, KeyError, OSError) as error:
+        return Record(**facts.pop("record")), facts
+    except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{cell.kept} is not what a study keeps of a cell ({error}); remove it") from error
-    return facts
 
 
 def read_kept_tensors(cell: Cell) -> dict[str, np.ndarray]:

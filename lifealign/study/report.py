@@ -72,7 +72,7 @@ def _pictures(grid: Grid, found: Sequence[Table]) -> list[str]:
 def _origins(results: Sequence[Result]) -> list[str]:
     """What code ran the finished cells, when, on what machine and from what base: a line for each of these."""
     records = [result.record for result in results]
-    found = sorted({(record.date, record.commit, record.machine) for record in records})
+    found = sorted({(record.date, record.commit, record.machine) for record in records if record.commit})
     return [*(f"Commit {commit}, {date}, {machine}" for date, commit, machine in found), *_bases(results)]
 
 
@@ -80,9 +80,9 @@ def _bases(results: Sequence[Result]) -> Iterator[str]:
     """Where seeds start from bases of their own, which these are."""
     seeds: dict[str, set[int]] = defaultdict(set)
     for result in results:
-        base = result.budget["model"]
-        seeds[base["hash"] or base["path"]].add(result.cell.seed)
-    if len(seeds) > 1:
+        if result.budget["model"]["hash"]:
+            seeds[result.budget["model"]["hash"]].add(result.cell.seed)
+    if len({frozenset(of_base) for of_base in seeds.values()}) > 1:
         for base, of_base in sorted(seeds.items(), key=lambda item: sorted(item[1])):
             yield f"Base {base[:12]} in the cells of seeds {', '.join(map(str, sorted(of_base)))}"
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ Predictions = list[dict[str, list[dict[str, Any]]]]
 
 @dataclass(frozen=True)
 class Result:
-    """A finished cell, by what tables are made of. No texts are in it, and no paths but that of the base.
+    """A finished cell, by what tables are made of. No texts are in it.
 
     Args:
         budget: what must be the same in all cells of a table.
@@ -86,8 +86,10 @@ class Result:
     def bwt_learned(self, metric: str) -> float | None:
         """BWT over the tasks that were learned at all; None where none was, or nothing is known of it."""
         matrix = self.book.matrix(metric)
-        changes = [matrix[-1][j] - matrix[j][j] for j, learned in enumerate(self.learned) if learned]  # type: ignore[operator]
-        return float(np.mean(changes)) if changes else None
+        changes = [(matrix[-1][j], matrix[j][j]) for j, learned in enumerate(self.learned) if learned]
+        if not changes or any(value is None for pair in changes for value in pair):
+            return None
+        return float(np.mean([end - start for end, start in changes]))  # type: ignore[operator]
 
     def pair_parts(self, metric: str, figure: str) -> list[np.ndarray] | None:
         """A figure as a sum over tasks of means over pairs: (pairs,) a task. None where it is no such sum, or unknown."""
@@ -97,8 +99,8 @@ class Result:
         parts = [np.zeros(len(self.margins(tasks - 1, task))) for task in range(tasks)]
         for (after, on), weight in figure_weights(figure, tasks).items():
             parts[on] = parts[on] + weight * PAIR_VALUES[metric](self.margins(after, on).astype(np.float64))
-        total = sum(part.mean() for part in parts)
-        assert abs(total - self.book.figures(metric)[figure]) < 1e-6 * max(1.0, abs(total)), (self.cell, metric, figure)
+        total, size = sum(part.mean() for part in parts), sum(np.abs(part).mean() for part in parts)
+        assert abs(total - self.book.figures(metric)[figure]) < 1e-6 * max(1.0, size), (self.cell, metric, figure)
         return parts
 
 
@@ -122,17 +124,17 @@ def read_results(cells: Sequence[Cell]) -> list[Result]:
 def read_result(cell: Cell) -> Result:
     """What was kept of a finished cell, which is written now if it was not."""
     if not cell.kept.exists():
-        record = read_record(cell)
-        assert record is not None
-        write_result(result_of_run(cell, record))
-    facts = read_kept(cell)
+        ended = read_record(cell)
+        assert ended is not None
+        write_result(result_of_run(cell, ended))
+    record, facts = read_kept(cell)
     scored: defaultdict[int, dict[str, np.ndarray]] = defaultdict(dict)
     for name, margins in read_kept_tensors(cell).items():
         model, _, task = name.partition("/")
         scored[int(model)][task] = margins
     return Result(
         cell,
-        Record(**facts["record"]),
+        record,
         facts["budget"],
         ScoreBook.from_json(facts["scores"]),
         facts["logs"],
@@ -144,34 +146,35 @@ def read_result(cell: Cell) -> Result:
 
 def write_result(result: Result) -> None:
     facts = {
-        "record": asdict(result.record),
         "budget": result.budget,
-        "scores": result.book.to_json(result.cell.method, "", result.cell.seed),
+        "scores": {"tasks": result.book.tasks, "metrics": {m: {"matrix": result.book.matrix(m)} for m in result.book.metrics}},
         "logs": result.logs,
         "stability": result.stability,
         "rows": result.rows,
     }
     tensors = {f"{model}/{task}": of for model, scored in enumerate(result.scored) for task, of in scored.items()}
-    keep(result.cell, facts, tensors)
+    keep(result.cell, result.record, facts, tensors)
 
 
 def result_of_run(cell: Cell, record: Record) -> Result:
-    """What the run in a cell's folder came to."""
+    """What the run in a cell's folder came to.
+
+    Raises:
+        UserError: where its checkpoints, which hold the hashes of its rows, are gone.
+    """
     settings = yaml.safe_load((cell.folder / "config.yaml").read_text(encoding="utf-8"))
-    found = read_predictions(cell.folder)
-    rows: dict[str, str] = {}
-    for by_task in found:
-        rows |= {task: _ids_hash(of_task) for task, of_task in by_task.items()}
-    gap = cell.folder / "stability.json"
+    predictions, state, gap = read_predictions(cell.folder), newest_state(cell), cell.folder / "stability.json"
+    if not state:
+        raise UserError(f"{cell.folder} has finished and its checkpoints are gone; remove it, and the cell is run again")
     return Result(
         cell,
         record,
-        _budget(settings, newest_state(cell)),
+        _budget(settings, state),
         ScoreBook.from_json(read_json(cell.folder / "scores.json")),
         _logged(cell.folder),
         {figure: read_json(gap)[figure] for figure in ("worst", "end", "gap")} if gap.exists() else None,
-        rows,
-        [{task: _margins(of_task) for task, of_task in by_task.items() if "margin" in of_task[0]} for by_task in found],
+        rows_of(predictions),
+        margins_of(predictions),
     )
 
 
@@ -186,12 +189,18 @@ def read_predictions(folder: Path) -> Predictions:
     return found
 
 
-def _margins(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    return np.array([row["margin"] for row in rows], dtype=np.float32)
+def margins_of(predictions: Predictions) -> list[dict[str, np.ndarray]]:
+    """By task, for each model; of tasks that were scored by margins."""
+    return [
+        {task: np.array([row["margin"] for row in rows], dtype=np.float32) for task, rows in of.items() if "margin" in rows[0]}
+        for of in predictions
+    ]
 
 
-def _ids_hash(rows: Sequence[Mapping[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps([str(row["id"]) for row in rows]).encode()).hexdigest()
+def rows_of(predictions: Predictions) -> dict[str, str]:
+    """For each task a hash of the ids of its held-out pairs."""
+    ids = {task: [str(row["id"]) for row in rows] for of in predictions for task, rows in of.items()}
+    return {task: hashlib.sha256(json.dumps(own).encode()).hexdigest() for task, own in ids.items()}
 
 
 def _logged(folder: Path) -> dict[str, float]:
@@ -211,11 +220,11 @@ def _logged(folder: Path) -> dict[str, float]:
 
 
 def _budget(settings: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows, base, epochs, batch sizes. The base is known by its weights, whatever folder they lie in."""
+    """Rows, base, epochs, batch sizes. The hash of the base is known where reference log-probabilities are cached."""
     sizes = ("epochs", "batch_size", "micro_batch_size", "gradient_accumulation_steps")
     stages = {stage: {key: settings[stage][key] for key in sizes} for stage in ("sft", "preference")}
     base = {"path": settings["model"]["path"], "hash": state.get("base")}
-    return {"data": state.get("data", {}), "model": base, **stages}
+    return {"data": state["data"], "model": base, **stages}
 
 
 def check_budget(results: Sequence[Result]) -> None:
@@ -227,8 +236,8 @@ def check_budget(results: Sequence[Result]) -> None:
     for other in results:
         first, same_seed = results[0], of_seed.setdefault(other.cell.seed, other)
         for one, changed in (
-            (same_seed, differences(same_seed.budget, other.budget)),
-            (first, differences(_shared(first), _shared(other))),
+            (same_seed, _base_differs(same_seed, other)),
+            (first, differences(_without_base(first), _without_base(other))),
         ):
             if changed:
                 raise UserError(
@@ -237,8 +246,15 @@ def check_budget(results: Sequence[Result]) -> None:
                 )
 
 
-def _shared(result: Result) -> dict[str, Any]:
+def _without_base(result: Result) -> dict[str, Any]:
     return {key: value for key, value in result.budget.items() if key != "model"}
+
+
+def _base_differs(one: Result, other: Result) -> list[str]:
+    """Bases are told apart by their hashes where both are known."""
+    first, second = ({"model": result.budget["model"]} for result in (one, other))
+    known = None not in (first["model"]["hash"], second["model"]["hash"])
+    return [change for change in differences(first, second) if known or not change.startswith("model.hash")]
 
 
 def _at(folder: Path) -> str:

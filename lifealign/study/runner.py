@@ -17,6 +17,7 @@ from types import FrameType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lifealign.errors import UserError
 from lifealign.runtime.files import write_json
 from lifealign.runtime.terminal import console
 from lifealign.study.grid import Cell
@@ -48,7 +49,7 @@ class Runner:
         script: launch/train.py.
         parallel: cells at once; each gets an equal share of the cores.
         lock: a file descriptor that every cell inherits, so that the lock on it is held while any of them lives.
-        finished: called with each cell that comes to its end.
+        finished: called with each cell that has finished.
     """
 
     def __init__(self, script: Path, parallel: int, lock: int, finished: Callable[[Cell], object]) -> None:
@@ -121,11 +122,18 @@ class Runner:
         record.steps = newest_state(cell).get("steps")
         write_json(cell.folder / RECORD, asdict(record))
         if record.exit_code == 0:
-            self.finished(cell)
+            self._tell(cell)
         progress.advance(progress.task_ids[0])
         ending = {0: "finished", None: "stopped"}.get(record.exit_code) or f"exit code {code}: {last_line(cell)}"
         bar = progress.tasks[0]
         console.print(f"{bar.completed:.0f}/{bar.total:.0f} {cell.name}: {ending}, {record.wall_seconds:.0f} s", markup=False)
+
+    def _tell(self, cell: Cell) -> None:
+        """What goes wrong with one cell's results, as on a full disk, must not end the others; the page comes back to it."""
+        try:
+            self.finished(cell)
+        except (OSError, UserError) as error:
+            console.print(f"{cell.name}: {error}", markup=False)
 
     def _end_all(self, progress: Progress) -> None:
         """Ask every cell that still runs to end, and see to it that it does."""
