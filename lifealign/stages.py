@@ -118,10 +118,13 @@ class PreferenceStage:
     def size(self, pair: Pair) -> int:
         return 1
 
-    def outcome(self, logps: torch.Tensor, pairs: Sequence[Pair]) -> Outcome:
+    def known(self, pairs: Sequence[Pair], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(pairs, 2) log-probabilities under the reference, and tokens, of chosen and rejected."""
         lengths = torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in pairs])
-        reference, lengths = (t.to(logps.device, non_blocking=True) for t in (self.reference.of(pairs), lengths))
-        result = self.objective(logps.view(-1, 2), reference, lengths)
+        return self.reference.of(pairs).to(device, non_blocking=True), lengths.to(device, non_blocking=True)
+
+    def outcome(self, logps: torch.Tensor, pairs: Sequence[Pair]) -> Outcome:
+        result = self.objective(logps.view(-1, 2), *self.known(pairs, logps.device))
         margins = result.chosen_rewards - result.rejected_rewards
         return Outcome(
             result.losses,

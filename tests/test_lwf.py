@@ -16,10 +16,10 @@ from lifealign.config import build
 from lifealign.data.tokenize import Pair
 from lifealign.errors import UserError
 from lifealign.models.scoring import ReferenceLogps, pair_key
-from lifealign.objectives import DPO
+from lifealign.objectives import DPO, SimPO
 from lifealign.stages import PreferenceStage, SupervisedStage
 from lifealign.strategies import Context, Run, Seen, State
-from lifealign.strategies.lwf import LearningWithoutForgetting, PairTable, distillation
+from lifealign.strategies.lwf import LearningWithoutForgetting, PairTable, distillation, reward_margins
 
 LN2, LN3 = math.log(2), math.log(3)
 PAIRS = [Pair("a", [1, 2], [3, 4, 5], [6], "", "", ""), Pair("b", [1], [7], [8, 9], "", "", "")]
@@ -80,6 +80,17 @@ def test_a_pair_is_held_to_the_old_margin() -> None:
     assert logps.grad.tolist() == pytest.approx([slopes[0], -slopes[0], slopes[1], -slopes[1]], rel=1e-6)
     assert strategy.pair_terms(Context(run, task, 1, "sft"), seen) == {}
     assert strategy.pair_terms(Context(run, task, 0, "preference"), seen) == {}
+
+
+def test_margins_are_those_of_the_objective() -> None:
+    """SimPO knows no reference and divides by lengths; beta = 2. Pair a: 2 (-3 / 3 - -4 / 1) = 6; b: 2 (-2 / 1 - -1 / 2)."""
+    run = hand_made([[-3.0, -4.0], [-2.0, -5.0]], beta=0.5)
+    run.stages["preference"].objective = SimPO()  # type: ignore[attr-defined]
+    logps = torch.tensor([[-3.0, -4.0], [-2.0, -1.0]], requires_grad=True)
+    margins = reward_margins(run, PAIRS, logps)
+    assert margins.tolist() == [6.0, -3.0]
+    margins.sum().backward()
+    assert logps.grad is not None and logps.grad.tolist() == [pytest.approx([2 / 3, -2.0]), pytest.approx([2.0, -1.0])]
 
 
 def test_a_table_finds_rows_by_token_ids_and_survives_a_checkpoint() -> None:

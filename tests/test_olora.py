@@ -24,7 +24,7 @@ from lifealign.models.loading import attach_lora
 from lifealign.models.options import LoraOptions
 from lifealign.models.policy import Policy
 from lifealign.strategies.base import Context
-from lifealign.strategies.olora import OLoRA
+from lifealign.strategies.olora import OLoRA, Overlap
 
 NARROW = LoraOptions(r=4, alpha=8)
 ROWS = [Row([5, 9, 11, 3], [[7, 3], [8, 8, 4]]), Row([21, 6], [[40, 41, 42, 43], [2]])]
@@ -120,12 +120,16 @@ def test_what_is_saved_is_an_ordinary_adapter_and_merges(tmp_path: Path) -> None
 # The penalty
 
 
-def test_the_penalty_and_its_gradient_are_the_papers() -> None:
-    """Third task, float64: every product of a row of A_3 with a row of A_1 or A_2, squared, and all entries of block 3.
+@pytest.mark.parametrize("overlap_of", Overlap)
+def test_the_penalty_and_its_gradient_are_the_papers(overlap_of: Overlap) -> None:
+    """Third task, float64: every product of a row of A_3 with a row of A_1 or A_2, absolute or squared, and all entries of
+    block 3.
 
-    The gradient for A_3 is 2 w (A_past^T A_past) A_3^T, transposed, + 2 v A_3; past and coming blocks have none.
+    The gradient for A_3 is w f'(A_3 A_past^T) A_past + 2 v A_3, f' the sign or twice the number; past and coming blocks have
+    none.
     """
-    policy, strategy = prepared(tasks=4, orthogonality=0.7, l2=0.03)
+    squared = overlap_of is Overlap.squared
+    policy, strategy = prepared(tasks=4, orthogonality=0.7, overlap=overlap_of, l2=0.03)
     policy.double()
     for _, factor in named_factors(policy.model):
         torch.nn.init.normal_(factor)
@@ -136,7 +140,8 @@ def test_the_penalty_and_its_gradient_are_the_papers() -> None:
         own = factor[8:12] if "lora_A" in name else factor[:, 8:12]
         size += sum(float(x) ** 2 for x in own.detach().flatten())
         if "lora_A" in name:
-            overlap += sum(float(factor.detach()[i] @ row.detach()) ** 2 for i in range(8) for row in own)
+            products = [float(factor.detach()[i] @ row.detach()) for i in range(8) for row in own]
+            overlap += sum(product**2 if squared else abs(product) for product in products)
     assert terms["orthogonality"].item() == pytest.approx(0.7 * overlap)
     assert terms["l2"].item() == pytest.approx(0.03 * size)
 
@@ -146,7 +151,8 @@ def test_the_penalty_and_its_gradient_are_the_papers() -> None:
         expected = torch.zeros_like(factor)
         if "lora_A" in name:
             past, own = factor.detach()[:8], factor.detach()[8:12]
-            expected[8:12] = 2 * 0.7 * own @ past.T @ past + 2 * 0.03 * own
+            slope = 2 * own @ past.T if squared else (own @ past.T).sign()
+            expected[8:12] = 0.7 * slope @ past + 2 * 0.03 * own
         else:
             expected[:, 8:12] = 2 * 0.03 * factor.detach()[:, 8:12]
         torch.testing.assert_close(factor.grad, expected)
@@ -204,10 +210,15 @@ def largest_cosine(policy: Policy) -> float:
     )
 
 
-@pytest.mark.parametrize(("orthogonality", "low", "high"), [(0.0, 0.1, 1.0), (20.0, 0.0, 1e-3)])
-def test_past_and_new_subspaces_are_orthogonal_after_training(orthogonality: float, low: float, high: float) -> None:
-    """The paper's property; without the penalty the same training leaves them as they fall."""
-    policy, strategy = prepared(tasks=2, orthogonality=orthogonality)
+@pytest.mark.parametrize(
+    ("orthogonality", "overlap", "low", "high"),
+    [(0.0, Overlap.absolute, 0.1, 1.0), (0.5, Overlap.absolute, 0.0, 1e-3), (20.0, Overlap.squared, 0.0, 1e-3)],
+)
+def test_past_and_new_subspaces_are_orthogonal_after_training(
+    orthogonality: float, overlap: Overlap, low: float, high: float
+) -> None:
+    """The paper's property, with its weight; without the penalty the same training leaves them as they fall."""
+    policy, strategy = prepared(tasks=2, orthogonality=orthogonality, overlap=overlap)
     for task in (0, 1):
         before = logps(policy).detach()
         train_task(policy, strategy, task, steps=150, weight_decay=0.0)

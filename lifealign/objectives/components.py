@@ -10,9 +10,9 @@ import torch
 
 from lifealign.errors import UserError
 from lifealign.objectives.ipo import ipo_loss
-from lifealign.objectives.preference import PreferenceLoss, dpo_loss, fpo_loss
+from lifealign.objectives.preference import PreferenceLoss, dpo_loss, fpo_loss, reference_rewards
 from lifealign.objectives.robust import robust_loss
-from lifealign.objectives.simpo import simpo_loss
+from lifealign.objectives.simpo import simpo_loss, simpo_rewards
 from lifealign.registry import register
 
 
@@ -33,6 +33,12 @@ class Objective(ABC):
     @abstractmethod
     def __call__(self, policy: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor) -> PreferenceLoss:
         """The loss of each pair."""
+
+    def rewards(
+        self, policy: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(pairs,) implicit rewards of the chosen and the rejected responses, differentiable in ``policy``."""
+        return reference_rewards(policy.unbind(1), reference.unbind(1), self.beta)
 
     def gated(self, margins: torch.Tensor) -> torch.Tensor:
         """(pairs,) bool: which pairs of these reward margins the objective leaves alone."""
@@ -96,6 +102,11 @@ class SimPO(Objective):
 
     def __call__(self, policy: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor) -> PreferenceLoss:
         return simpo_loss(*policy.unbind(1), *lengths.unbind(1), beta=self.beta, target_margin=self.target_margin)
+
+    def rewards(
+        self, policy: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return simpo_rewards(*policy.unbind(1), *lengths.unbind(1), self.beta)
 
 
 @register("objective", "robust")

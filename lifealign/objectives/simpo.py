@@ -8,6 +8,19 @@ from torch.nn.functional import logsigmoid
 from lifealign.objectives.preference import PreferenceLoss
 
 
+def simpo_rewards(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    chosen_lengths: torch.Tensor,
+    rejected_lengths: torch.Tensor,
+    beta: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """r_p and r_d of :func:`simpo_loss`; (pairs,) each, at least float32."""
+    # Half precision would cost digits that the caller's log-probabilities still have.
+    dtype = torch.promote_types(policy_chosen_logps.dtype, torch.float32)
+    return beta * policy_chosen_logps.to(dtype) / chosen_lengths, beta * policy_rejected_logps.to(dtype) / rejected_lengths
+
+
 def simpo_loss(
     policy_chosen_logps: torch.Tensor,
     policy_rejected_logps: torch.Tensor,
@@ -30,9 +43,8 @@ def simpo_loss(
         beta: scale of the mean log-probability of a token.
         target_margin: the paper's gamma, by how much r_p is to exceed r_d; 0 or more.
     """
-    # Half precision would cost digits that the caller's log-probabilities still have; the loss is at least float32.
-    dtype = torch.promote_types(policy_chosen_logps.dtype, torch.float32)
-    chosen_rewards = beta * policy_chosen_logps.to(dtype) / chosen_lengths
-    rejected_rewards = beta * policy_rejected_logps.to(dtype) / rejected_lengths
+    chosen_rewards, rejected_rewards = simpo_rewards(
+        policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths, beta
+    )
     losses = -logsigmoid(chosen_rewards - rejected_rewards - target_margin)
     return PreferenceLoss(losses, chosen_rewards.detach(), rejected_rewards.detach(), torch.ones_like(losses))

@@ -12,7 +12,9 @@ from enum import Enum
 from typing import Any
 
 import torch
+from torch import nn
 
+from lifealign.data.tokenize import Pair
 from lifealign.errors import UserError
 from lifealign.objectives import DPO, FPO, Robust
 from lifealign.registry import register
@@ -70,7 +72,9 @@ class ElasticWeightConsolidation(Strategy):
     """Adds (strength / 2) sum_t sum_i F_{t,i} (theta_i - theta_{t,i})^2 over past tasks t (Kirkpatrick et al., eq. 3).
 
     F is the diagonal of the empirical Fisher information of a task, at the weights theta_t that the task left: the mean over
-    its pairs of squared gradients of log-likelihoods. A task's is the sum of those of its stages that were trained. With
+    its pairs of squared gradients of log-likelihoods. SFT's is divided by the mean number of target tokens, since its loss is a
+    mean over tokens: F is then the curvature of the losses that were trained, and strength 1 weighs each past task as the
+    present one. A task's is the sum of those of its stages that were trained. With
     ``mode=online`` it is (strength / 2) sum_i F_i (theta_i - theta_{newest,i})^2, and each task makes F <- decay F + F_t.
     """
 
@@ -114,8 +118,8 @@ class ElasticWeightConsolidation(Strategy):
         """Hold the weights as they are, by what the stages trained since the last time say of them."""
         parameters = list(context.run.trained().values())
         pairs = sample(context.task.train, self.fisher_pairs, context.generator("fisher"))
-        fishers = [mean_squared_gradient(self.likelihood, stage, pairs, parameters) for stage in self.trained]
-        fisher, weights = torch.stack(fishers).sum(0), flatten(parameters).detach()
+        fisher = torch.stack([self._curvature(stage, pairs, parameters) for stage in self.trained]).sum(0)
+        weights = flatten(parameters).detach()
         if self.penalty is None:
             self.penalty = Quadratic(fisher, weights)
         elif self.mode is Mode.online:
@@ -123,6 +127,11 @@ class ElasticWeightConsolidation(Strategy):
         else:
             self.penalty = self.penalty.plus(fisher, weights)
         self.trained = []
+
+    def _curvature(self, stage: str, pairs: Sequence[Pair], parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+        """(weights,) Fisher information of a stage over the size of a pair in its loss: its target tokens in SFT, or 1."""
+        sizes = [self.likelihood.stages[stage].size(pair) for pair in pairs]
+        return mean_squared_gradient(self.likelihood, stage, pairs, parameters) * (len(pairs) / sum(sizes))
 
     def state_dict(self) -> State:
         if self.penalty is None:

@@ -12,7 +12,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from lifealign.data.tokenize import Pair
 from lifealign.errors import UserError
 from lifealign.models.scoring import pair_key
-from lifealign.objectives.preference import reference_rewards
 from lifealign.registry import register
 from lifealign.stages import PreferenceStage
 from lifealign.strategies.base import Context, Run, Seen, State, Strategy
@@ -46,7 +45,7 @@ class PairTable:
 
 
 def reward_margins(run: Run, pairs: Sequence[Pair], logps: torch.Tensor) -> torch.Tensor:
-    """(pairs,) implicit reward margin r of a policy; differentiable in its log-probabilities.
+    """(pairs,) implicit reward margin r of a policy, the objective's own; differentiable in its log-probabilities.
 
     Args:
         pairs: ones that the run has met in the preference stage, so that their reference is known.
@@ -54,9 +53,7 @@ def reward_margins(run: Run, pairs: Sequence[Pair], logps: torch.Tensor) -> torc
     """
     stage = run.stages["preference"]
     assert isinstance(stage, PreferenceStage)
-    reference = stage.reference.of(pairs).to(logps.device, non_blocking=True)
-    policy, base = (logps[:, 0], logps[:, 1]), (reference[:, 0], reference[:, 1])
-    chosen, rejected = reference_rewards(policy, base, stage.objective.beta)
+    chosen, rejected = stage.objective.rewards(logps, *stage.known(pairs, logps.device))
     return chosen - rejected
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,13 @@ from lifealign.strategies.base import Context, Run, Strategy
 _DRAWN = "drawn"  # name of the adapter that lives while a block is drawn
 
 
+class Overlap(Enum):
+    """What is summed of the inner products of rows of A."""
+
+    absolute = "absolute"
+    squared = "squared"
+
+
 @register("strategy", "olora")
 class OLoRA(Strategy):
     r"""The run's one adapter has a block of ``model.lora.r`` rows of A and columns of B for each task of the sequence.
@@ -28,11 +36,12 @@ class OLoRA(Strategy):
     B = 0 until then, and those of earlier tasks never change again. A task that comes again gets a block of its own. The
     loss gains (eq. 8 and 9)
 
-        orthogonality * sum over layers and i < t of |A_i A_t^T|_F^2,    A_i (r, d)
+        orthogonality * sum over layers and i < t of |A_i A_t^T|,    A_i (r, d)
 
-    and ``l2`` times the squared norm of block t, which is in the authors' code and not in the paper. Their code sums
-    absolute values in place of squares, and norms in place of squared norms; the paper's squares are smooth at the 0 that
-    they tend to.
+    where |.| is the sum of absolute values, as in the authors' code, whose weights are the paper's, or with
+    ``overlap=squared`` the sum of squares that eq. 8 writes. The two need other weights: rows of A begin with inner products
+    far below 1, where squares pull tens of times less. The loss also gains ``l2`` times the squared norm of block t, which is
+    in the authors' code, as a norm, and not in the paper.
 
     Past blocks are kept as they are during a run. What it leaves is an ordinary LoRA adapter of rank r times tasks and the
     scaling of a block, and merging that adapter into the base (``launch/export.py --merge``) merges all blocks.
@@ -41,6 +50,7 @@ class OLoRA(Strategy):
     whole_parameters = "its penalty and its blocks need whole factors at every micro-batch"
 
     orthogonality: float = 0.5  # lambda_1: weight of the overlap of the new block's A with those before
+    overlap: Overlap = Overlap.absolute  # inner products of rows: their absolute values, or their squares, are summed
     l2: float = 0.0  # lambda_2: weight of the squared norm of the new block
 
     def __post_init__(self) -> None:
@@ -92,9 +102,10 @@ class OLoRA(Strategy):
         return ()
 
     def _overlap(self, a: torch.Tensor) -> torch.Tensor:
-        """Sum over past blocks i of |A_i A_t^T|_F^2; 0 in the first task."""
+        """Sum over past blocks i of |A_i A_t^T|; 0 in the first task."""
         past = a[: self.task * self.rank].detach()
-        return (past @ self._block("lora_A", a, self.task).T).square().sum()
+        products = past @ self._block("lora_A", a, self.task).T
+        return (products.square() if self.overlap is Overlap.squared else products.abs()).sum()
 
     def _block(self, name: str, factor: torch.Tensor, block: int) -> torch.Tensor:
         """View of a task's block: rows of an A, columns of a B."""
