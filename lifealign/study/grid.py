@@ -109,7 +109,7 @@ class Grid:
     def overrides(self, sequence: str, method: str, regime: str) -> tuple[str, ...]:
         """What the cells of a place share, whatever their seed and learning rate."""
         own, of_regime = self.options.methods[method], self.options.regimes.get(regime, [])
-        return merged(self._shared(sequence), own.overrides, of_regime)
+        return merged(self._shared(sequence), of_regime, own.overrides)  # so a sweep may vary what a regime sets
 
     def _shared(self, sequence: str) -> tuple[str, ...]:
         aside = []
@@ -127,7 +127,7 @@ class Grid:
         here = [f"sequence.tasks=[{self.tuning_task}]", "data.tuning=true"]
         here.append(f"evaluation.metrics=[{','.join(TUNING_METRICS)}]")
         own = self.options.methods[method].overrides
-        return merged(self._shared(self.options.sequences[0]), own, self._of_first_task(regime), here)
+        return merged(self._shared(self.options.sequences[0]), self._of_first_task(regime), own, here)
 
     def _of_first_task(self, regime: str) -> list[str]:
         """A regime's overrides without the strategy's options: they say what becomes of past tasks, and there are none."""

@@ -53,7 +53,7 @@ def check_settings(cells: Sequence[Cell]) -> None:
     """Raises UserError where a cell ran, or began to, with other settings. Of cells that share a folder the first has run."""
     for cell in {cell.folder: cell for cell in reversed(cells)}.values():
         record = read_record(cell)
-        if record is None or record.overrides == list(cell.overrides):
+        if record is None or sorted(record.overrides) == sorted(cell.overrides):  # each key stands once, in whatever order
             continue
         if record.exit_code == 0 or checkpoint.newest_folder(cell.folder / "checkpoints") is not None:
             changed = sorted(set(record.overrides) ^ set(cell.overrides))
