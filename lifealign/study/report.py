@@ -62,6 +62,8 @@ def _pictures(grid: Grid, found: Sequence[Table]) -> list[str]:
         for metric in metrics(with_cells[0].frame) if with_cells else ():
             drawn = {f"methods_{sequence}_{metric}.png": draw_methods(grid, with_cells, metric)}
             for name, sweep in grid.options.sweeps.items():
+                if not any(method.startswith(f"{name}_") for method in grid.methods):
+                    continue  # study.only leaves it out
                 drawn[f"{name}_{sequence}_{metric}.png"] = draw_sweep(grid, with_cells, name, sweep, metric)
             for name, figure in drawn.items():
                 write_bytes(grid.options.folder / name, png(figure))
