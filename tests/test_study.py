@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -118,6 +119,19 @@ def test_cells_with_the_same_settings_share_a_folder(tmp_path: Path) -> None:
     (shared,) = {c.folder for c in cells if c.method == "lambda_0.5"} | {c.folder for c in cells if c.method == "lifealign"}
     write_json(shared / "cell.json", {"overrides": list(cells[0].overrides), "exit_code": 0})
     check_settings(cells)  # although their overrides do not read the same
+
+
+def test_cells_that_differ_in_their_learning_rate_alone_are_counted_apart_unless_it_is_the_same() -> None:
+    """ER at the rate that another method chose is another run than ER at its own, or the same one."""
+    options = load("main", ["seeds=[0,1]", "only_regimes=[twenty]"])
+    options.methods["er_rate"] = replace(options.methods["er"], tuned_as="lifealign")
+    options.only = ["er", "er_rate", "lifealign"]
+    small = Grid(options, [])
+    places = {method: (method, "twenty") for method in options.only}
+    assert small.planned(dict.fromkeys(places.values(), None)) == 6
+    assert small.planned({places["er"]: 0.5, places["er_rate"]: None, places["lifealign"]: None}) == 6
+    assert small.planned({places["er"]: 0.5, places["er_rate"]: 1.0, places["lifealign"]: 1.0}) == 6
+    assert small.planned(dict.fromkeys(places.values(), 1.0)) == 4
 
 
 def test_a_typo_in_what_is_passed_on_is_told_before_anything_starts(tmp_path: Path) -> None:

@@ -41,10 +41,11 @@ def study(arguments: Sequence[str], script: Path) -> int:
         check_settings(grid.cells(scales))
         write_report(grid, scales, shlex.join(["python", "launch/study.py", *arguments]))
     finished = {cell.folder for cell in grid.cells(scales) if is_finished(cell)}
-    console.print(f"{len(finished)} of {grid.size} cells finished; {options.folder / 'study.md'}, results.csv")
+    planned = grid.planned(scales)
+    console.print(f"{len(finished)} of {planned} cells finished; {options.folder / 'study.md'}, results.csv")
     if runner.signal is not None:
         return 128 + runner.signal
-    return 0 if options.report_only or len(finished) == grid.size else 1
+    return 0 if options.report_only or len(finished) == planned else 1
 
 
 def _run(grid: Grid, runner: Runner) -> None:

@@ -152,10 +152,14 @@ class Grid:
                 cells.append(Cell(*place, seed, folder, overrides))
         return cells
 
-    @property
-    def size(self) -> int:
-        """How many cells there are when every learning rate is known."""
-        return len({cell.folder for cell in self.cells({})})
+    def planned(self, scales: Scales) -> int:
+        """How many cells there are once every learning rate is known; until then those of one rate's choice count as apart."""
+        waiting = {
+            (settings_hash(resolved(config)), self.tuning_place(*place[1:]))
+            for place, config in self.configs.items()
+            if scales and scales.get(place[1:]) is None
+        }
+        return len({cell.folder for cell in self.cells(scales)}) + len(waiting) * len(self.options.seeds)
 
 
 def learning_rates(config: DictConfig, scale: float) -> list[str]:

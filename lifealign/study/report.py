@@ -43,7 +43,7 @@ def write_report(grid: Grid, scales: Scales, command: str) -> None:
         command=command,
         origins=_origins(results),
         finished=len({result.cell.folder for result in results}),
-        planned=grid.size,
+        planned=grid.planned(scales),
         troubles=[*_failed(cells), *_untuned(scales)],
     )
     tuning = read_json(folder / "tuning.json") if grid.tuning is not None else []
