@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracles import normal, relative, svd_denoise, with_spectrum
 
-from lifealign.memory import SVDMethod, denoise, truncation
+from lifealign.memory import SVDMethod, truncation
 from lifealign.memory.truncation import truncate
 
 EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-10}
@@ -193,12 +193,16 @@ def test_batched_calls_equal_single_calls(shape: tuple[int, int], method: SVDMet
         torch.testing.assert_close(batched.update[i, j], svd_denoise(updates[i, j], 0.8)[0], **EXACT)
 
 
-def test_float32_in_float32_out() -> None:
-    """The arithmetic is float64, so the result is the float64 one rounded once."""
-    update = normal(12, 5).float()
-    assert denoise(update, 0.9).dtype == torch.float32
+@pytest.mark.parametrize("method", [SVDMethod.gram, SVDMethod.exact])
+@pytest.mark.parametrize("shape", [(12, 5), (5, 700), (60, 90)])
+def test_float32_in_float32_out(shape: tuple[int, int], method: SVDMethod) -> None:
+    """Directions are found in float64, so that only the last product rounds, and by float32's rounding of the update."""
+    update = normal(*shape).float()
+    kept = truncate(update, 0.9, method)
+    assert kept.update.dtype == torch.float32
     expected = svd_denoise(update.double(), 0.9)[0]
-    torch.testing.assert_close(denoise(update, 0.9).double(), expected, rtol=1e-7, atol=1e-9)
+    error = (kept.update.double() - expected).norm() / update.double().norm()
+    assert 0 < error < 2 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("magnitude", [1e-18, 1e12])

@@ -69,7 +69,19 @@ class Basis:
 
     def project(self, update: torch.Tensor) -> torch.Tensor:
         """Component in the span; (batch, rows, columns) in and out."""
-        return self._combine(self._coordinates(update)).to(update.dtype)
+        return self.combine(self.coordinates(update)).to(update.dtype)
+
+    def coordinates(self, update: torch.Tensor) -> torch.Tensor:
+        """(batch, size) float64 inner products with the vectors."""
+        rows = update.to(self._working).flatten(0, 1).unsqueeze(1)
+        by_row = torch.bmm(rows, self._matrices().mT).squeeze(1)  # in this form products run along memory
+        return by_row.unflatten(0, update.shape[:2]).sum(1, dtype=torch.float64)
+
+    def combine(self, coordinates: torch.Tensor) -> torch.Tensor:
+        """(batch, rows, columns): the sum of the vectors, each times its coordinate; (batch, size) in."""
+        batch, rows, columns = self._store.shape[1:]
+        weights = coordinates.to(self._working).unsqueeze(1).expand(-1, rows, -1).flatten(0, 1).unsqueeze(1)
+        return torch.bmm(weights, self._matrices()).view(batch, rows, columns)
 
     def extend(self, update: torch.Tensor) -> None:
         """Let an update join the history; (batch, rows, columns).
@@ -81,19 +93,18 @@ class Basis:
         whole = norm(update)
         if not torch.isfinite(whole).all():
             raise ValueError("history holds an update that is not finite")
-        coordinates = self._coordinates(update)
-        residual = update - self._combine(coordinates)
+        coordinates = self.coordinates(update)
+        residual = update - self.combine(coordinates)
         length = norm(residual)
         again = length < CANCELLED * whole
         if again.any():
-            correction = torch.where(again[:, None], self._coordinates(residual), 0.0)
-            residual -= self._combine(correction)
+            correction = torch.where(again[:, None], self.coordinates(residual), 0.0)
+            residual -= self.combine(correction)
             coordinates, length = coordinates + correction, norm(residual)
         is_new = length > RANK_TOLERANCE[self._store.dtype] * whole
-        direction = residual.mul_(torch.where(is_new, 1 / length, 0.0)[:, None, None])
         if self.limit is not None:
             self._add_energy(coordinates, torch.where(is_new, length, 0.0))
-        self._append(direction)
+        self._append(residual, torch.where(is_new, 1 / length, 0.0))
         if not is_new.any():
             self._drop_last()
         elif self.limit is not None and self.size > self.limit:
@@ -107,27 +118,18 @@ class Basis:
         """(batch * rows, size, columns): for each row of each factor, that row of every vector."""
         return self.vectors.to(self._working).permute(1, 2, 0, 3).flatten(0, 1)
 
-    def _coordinates(self, update: torch.Tensor) -> torch.Tensor:
-        """(batch, size) float64 inner products with the vectors."""
-        rows = update.to(self._working).flatten(0, 1).unsqueeze(1)
-        by_row = torch.bmm(rows, self._matrices().mT).squeeze(1)  # in this form products run along memory
-        return by_row.unflatten(0, update.shape[:2]).sum(1, dtype=torch.float64)
+    def _append(self, residual: torch.Tensor, factors: torch.Tensor) -> None:
+        """Each residual, times its factor, as one more vector; (batch, rows, columns) and (batch,).
 
-    def _combine(self, coordinates: torch.Tensor) -> torch.Tensor:
-        """(batch, rows, columns): the sum of the vectors, each times its coordinate; (batch, size) in."""
-        batch, rows, columns = self._store.shape[1:]
-        weights = coordinates.to(self._working).unsqueeze(1).expand(-1, rows, -1).flatten(0, 1).unsqueeze(1)
-        return torch.bmm(weights, self._matrices()).view(batch, rows, columns)
-
-    def _append(self, direction: torch.Tensor) -> None:
-        """Room is doubled where there is none, so that a vector is moved a bounded number of times."""
+        Room is doubled where there is none, so that a vector is moved a bounded number of times.
+        """
         if self.size == len(self._store):
             room = max(4, 2 * self.size)
             room = room if self.limit is None else min(room, self.limit + 1)
             grown = self._store.new_empty(room, *self._store.shape[1:])
             grown[: self.size] = self._store
             self._store = grown
-        self._store[self.size] = direction
+        torch.mul(residual, factors.to(residual.dtype)[:, None, None], out=self._store[self.size])
         self.size += 1
 
     def _drop_last(self) -> None:
@@ -169,9 +171,10 @@ def rescale_history(update: torch.Tensor, basis: Basis, scale: float) -> Refined
     """
     if not 0 <= scale <= 1:
         raise ValueError(f"scale={scale}: must lie in [0, 1]")
-    past = basis.project(update)
+    coordinates = basis.coordinates(update)
+    past = basis.combine(coordinates).to(update.dtype)
     total = norm(update).square()
-    share = torch.where(total > 0, norm(past).square() / total, 0.0)
+    share = torch.where(total > 0, coordinates.square().sum(-1) / total, 0.0)
     return Refined(update.clone() if scale == 1 else update.sub(past, alpha=1 - scale), share)
 
 

@@ -26,8 +26,9 @@ from lifealign.runtime import distributed
 Factors = dict[str, torch.Tensor]
 Record = dict[str, Any]
 
-BATCH_ELEMENTS = 1 << 18
-"""Most numbers of an update in one batched call: enough to fill it, and few enough for its copies to stay in cache."""
+BATCH_ELEMENTS = 1 << 20
+"""Most numbers of an update in one batched call: enough that calls cost little beside their work, and few enough that its
+copies cost little memory."""
 
 
 class Space(str, Enum):
@@ -232,7 +233,10 @@ def _changes(
     Raises:
         ConsolidationFailed: naming the first factor whose update is not finite.
     """
-    changes = torch.stack([_wide(after[name] - before[name]) for name in names])
+    first = _wide(before[names[0]])
+    changes = first.new_empty(len(names), *first.shape)
+    for change, name in zip(changes, names, strict=True):
+        change.copy_(_wide(after[name] - before[name]))  # several times as fast as stacking what is turned
     lengths = norm(changes).tolist()
     for name, length in zip(names, lengths, strict=True):
         if not math.isfinite(length):

@@ -1,7 +1,7 @@
 """Denoising: an update cut to the fewest singular directions that hold a share of its energy.
 
 Everything here is pure. Updates may carry leading batch dimensions, so that factors of one shape go through one call;
-results have the dtype of the input, and all arithmetic is float64.
+results have the dtype of the input, and all decompositions are float64.
 
 Three ways to the same truncation:
 
@@ -75,10 +75,7 @@ def truncate(update: torch.Tensor, energy: float, method: SVDMethod = SVDMethod.
     if update.shape[-2] > update.shape[-1]:
         flipped = truncate(update.mT, energy, method)
         return flipped._replace(update=flipped.update.mT)
-    matrix = update.double()
-    if not torch.isfinite(torch.linalg.matrix_norm(matrix)).all():  # one pass, and a norm in float64 does not overflow
-        raise ValueError("the update is not finite")
-    found = _directions(matrix, energy, method)
+    found = _directions(update.double(), energy, method)
     cumulative = found.squares.cumsum(-1)
     threshold = energy * found.total * (1 - ENERGY_TOLERANCE)
     # Directions before the threshold is reached, and the one that reaches it; none of a zero update.
@@ -88,10 +85,7 @@ def truncate(update: torch.Tensor, energy: float, method: SVDMethod = SVDMethod.
     values = found.squares.sqrt()
     if energy == 1:
         return Denoised(update.clone(), keep.sum(-1), torch.ones_like(share), values)
-    leading = found.vectors * keep.unsqueeze(-2)
-    is_square = leading.shape[-1] == leading.shape[-2]  # then one product with the long side does in place of two
-    truncated = (leading @ leading.mT) @ matrix if is_square else leading @ (leading.mT @ matrix)
-    return Denoised(truncated.to(update.dtype), keep.sum(-1), share, values)
+    return Denoised(_projected(update, found.vectors * keep.unsqueeze(-2)), keep.sum(-1), share, values)
 
 
 def denoise(update: torch.Tensor, energy: float) -> torch.Tensor:
@@ -99,24 +93,49 @@ def denoise(update: torch.Tensor, energy: float) -> torch.Tensor:
     return truncate(update, energy).update
 
 
+def _projected(update: torch.Tensor, leading: torch.Tensor) -> torch.Tensor:
+    """U_k U_kᵀ M; (..., rows, columns), and (..., rows, k) float64.
+
+    A projection magnifies no rounding: products with the long side need no more digits than the update has.
+    """
+    working = torch.promote_types(update.dtype, torch.float32)
+    matrix = update.to(working)
+    if leading.shape[-1] == leading.shape[-2]:  # one product with the long side in place of two
+        truncated = (leading @ leading.mT).to(working) @ matrix
+    else:
+        leading = leading.to(working)
+        truncated = leading @ (leading.mT @ matrix)
+    return truncated.to(update.dtype)
+
+
 def _directions(matrix: torch.Tensor, energy: float, method: SVDMethod) -> _Directions:
     """At least as many directions as hold ``energy``; (..., rows, columns) float64 with rows <= columns."""
     if method is SVDMethod.auto:
         method = SVDMethod.gram if matrix.shape[-2] <= GRAM_LIMIT else SVDMethod.randomized
     if method is SVDMethod.exact:
+        _require_finite(torch.linalg.matrix_norm(matrix))
         u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
         return _Directions(u, s.square(), s.square().sum(-1, keepdim=True))
     if method is SVDMethod.gram or energy == 1:  # all energy is all directions: nothing is left to sketch
         return _of_gram(matrix)
+    _require_finite(torch.linalg.matrix_norm(matrix))
     parts = [_sketched(m, energy) for m in matrix.reshape(-1, *matrix.shape[-2:])]
     found = max(len(part.squares) for part in parts)
     fields = zip(*(_padded(part, found) for part in parts), strict=True)
     return _Directions(*(torch.stack(field).view(*matrix.shape[:-2], *field[0].shape) for field in fields))
 
 
+def _require_finite(energies: torch.Tensor) -> None:
+    """Of energies or norms in float64, where no float32 update overflows them."""
+    if not torch.isfinite(energies).all():
+        raise ValueError("the update is not finite")
+
+
 def _of_gram(matrix: torch.Tensor) -> _Directions:
     """All directions, from the eigenvectors of M Mᵀ."""
-    squares, vectors = torch.linalg.eigh(matrix @ matrix.mT)  # ascending
+    gram = matrix @ matrix.mT
+    _require_finite(gram.diagonal(dim1=-2, dim2=-1))
+    squares, vectors = torch.linalg.eigh(gram)  # ascending
     squares = squares.flip(-1).clamp(min=0)
     return _Directions(vectors.flip(-1), squares, squares.sum(-1, keepdim=True))
 
