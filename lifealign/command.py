@@ -1,7 +1,7 @@
 """What every command shares: arguments made fit for Hydra, users' mistakes told in one line, exit codes.
 
-Exit 0: the work was done. 2: a user's mistake, told in one line on standard error. 130 and 143: a run was stopped by SIGINT or
-SIGTERM and is saved. 1: anything else; with its traceback, unless it is a failure that a line tells of.
+Exit 0: the work was done. 2: a user's mistake, told in one line on standard error. 3: training diverged. 130 and 143: a run was
+stopped by SIGINT or SIGTERM and is saved. 1: anything else; with its traceback, unless it is a failure that a line tells of.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from lifealign.config import Config
 from lifealign.data.options import SequenceOptions
 from lifealign.environment import prepare_process
 from lifealign.errors import (
+    DIVERGED,
     ConsolidationFailed,
     Interrupted,
     StorageFailed,
@@ -135,9 +136,9 @@ def _tell_of_job(error: Exception, job: sweep.Job) -> None:
             asked for an end.
     """
     known = isinstance(error, KNOWN)
-    together = known or distributed.all_come(f"failure of job {job.number}", GRACE_SECONDS)
+    together = distributed.all_come(f"failure of job {job.number}", GRACE_SECONDS)
     if known:
-        _print_error(error)
+        _print_error(error, alone=not together)
     elif distributed.is_main() or not together:
         traceback.print_exception(error)
     sweep.note(job, exit_code(error), one_line(error) if known else f"{type(error).__name__}: {error}")
@@ -164,6 +165,8 @@ def exit_code(error: Exception) -> int:
     """The code with which a command that met an error exits."""
     if isinstance(error, Interrupted):
         return SIGNALLED + error.signal
+    if isinstance(error, TrainingDiverged):
+        return DIVERGED
     return 2 if isinstance(error, KNOWN) and not isinstance(error, FAILURES) else 1
 
 
@@ -179,17 +182,21 @@ def exit_codes() -> Iterator[list[int]]:
     except KNOWN as error:
         codes.append(exit_code(error))
         _print_error(error)
+        if not distributed.all_come("the end", GRACE_SECONDS) and not distributed.is_main():
+            _print_error(error, alone=True)
     finally:
         distributed.stop()
     if codes:
         if not distributed.is_main():
             time.sleep(GRACE_SECONDS)
-        sys.exit(max(codes) if max(codes) > SIGNALLED else min(codes))  # a signal first, then 1, then 2
+        sys.exit(max(codes) if max(codes) > SIGNALLED else min(codes))  # a signal first, then 1, 2, 3
 
 
-def _print_error(error: Exception) -> None:
-    if distributed.is_main():
-        print(f"error: {printable(one_line(error))}", file=sys.stderr, flush=True)
+def _print_error(error: Exception, *, alone: bool = False) -> None:
+    """What all ranks met, rank 0 tells; a rank that met it ``alone`` tells it itself."""
+    if distributed.is_main() or alone:
+        place = "" if distributed.is_main() else f"rank {distributed.rank()}: "
+        print(f"error: {place}{printable(one_line(error))}", file=sys.stderr, flush=True)
 
 
 def _refuse_arguments(message: str) -> NoReturn:

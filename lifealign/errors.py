@@ -18,10 +18,14 @@ class UserError(ValueError):
     """
 
 
+DIVERGED = 3
+"""Exit status of a run whose training diverged: the same command would meet the same, which is not so of other failures."""
+
+
 class TrainingDiverged(RuntimeError):
     """The loss is no longer a number. Raised on every rank, before the optimiser has taken the step.
 
-    Commands print the text alone and exit with status 1.
+    Commands print the text alone and exit with status 3.
     """
 
 

@@ -27,12 +27,23 @@ from lifealign.evaluation.scores import ScoreBook
 from lifealign.models.adapter import read_added, read_factors, save_adapter, write_added, write_factors
 from lifealign.models.loading import load_tokenizer, pad_token_id
 from lifealign.models.scoring import ReferenceLogps
-from lifealign.resuming import Midway, Tensors, check_batches, check_rows, check_weights, extended_book, refuse_a_lost_run
+from lifealign.resuming import (
+    Midway,
+    Tensors,
+    check_batches,
+    check_midway,
+    check_rows,
+    check_weights,
+    extended_book,
+    refuse_a_lost_run,
+    take_up_settings,
+)
 from lifealign.runtime import checkpoint, distributed, watchdog
 from lifealign.runtime.checkpoint import Checkpoint, checkpoint_name
 from lifealign.runtime.engine import deepspeed_config, inference_engine, training_engine
 from lifealign.runtime.files import write_json, write_json_lines
 from lifealign.runtime.optimizer import read_optimizer, write_optimizer
+from lifealign.runtime.options import Resume
 from lifealign.runtime.randomness import read_rng, write_rng
 from lifealign.runtime.signals import StopSignals, stopping_between_batches
 from lifealign.runtime.timing import Timing
@@ -77,6 +88,7 @@ class Lifelong:
         self, config: Config, folder: Path, tracker: Tracker, settings: Mapping[str, Any], signals: StopSignals | None = None
     ) -> None:
         self.config, self.folder, self.tracker, self.signals = config, folder, tracker, signals or StopSignals()
+        self.settings = settings
         self.timing = Timing()
         with self.timing.of("loading"):
             self.tokenizer = load_tokenizer(config.model)
@@ -301,9 +313,14 @@ class Lifelong:
             "scores": self.scores(),
             "strategy": strategy.values,
             "data": {task.name: task.data_hash for task in self.tasks},
+            "batch_sizes": self._batch_sizes(),
             "base": self.reference.base,
         }
         return Checkpoint("", values, tensors, strategy.files)
+
+    def _batch_sizes(self) -> dict[str, int]:
+        """Pairs a step of each stage, over all ranks."""
+        return {name: getattr(self.config, name).global_batch(name, distributed.world_size()) for name in self.stages}
 
     def _save_midway(self, trainer: Trainer, steps: int) -> None:
         """Write a checkpoint within a stage: the one before the stage, and how far the stage has come."""
@@ -362,8 +379,14 @@ class Lifelong:
             self._between_phases = self._state()
             return
         state, parts = found.state, _by_prefix(found.tensors)
-        check_rows(self.folder, self.tasks, state["data"], force=self.config.resume.value == "force")
+        force = self.config.resume is Resume.force
+        forced = check_rows(self.folder, self.tasks, state["data"], force=force)
         self.position = Position(state["task"], state["phase"])
+        if state["midway"] is not None:
+            self._midway = Midway(**state["midway"], parts=_by_prefix(parts["midway"]))
+            check_midway(self.folder, self._midway, self.position.phase, getattr(self.config, self.position.phase))
+        if self.position.task < len(self.plan):
+            forced += check_batches(self.folder, state.get("batch_sizes", {}), self._batch_sizes(), force=force)
         self.steps = state["steps"]
         before = ScoreBook.from_json(state["scores"])
         self.book = extended_book(before, self.book.tasks, self.plan, self.position.task, self.strategy.name)
@@ -374,13 +397,14 @@ class Lifelong:
         write_added(self.policy, parts["added"])
         self.reference.load_state_dict(parts["reference"])
         self.reference.base = state.get("base")
-        self.strategy.load_state_dict(State(state["strategy"], parts["strategy"], found.files))
+        with self._told():
+            self.strategy.load_state_dict(State(state["strategy"], parts["strategy"], found.files))
         self.tracker.rewind(state["metrics_bytes"], state["metrics_sha256"])
         between_phases = {name: tensor for name, tensor in found.tensors.items() if not name.startswith("midway/")}
         self._between_phases = replace(found, tensors=between_phases)
-        if state["midway"] is not None:
-            self._midway = Midway(**state["midway"], parts=_by_prefix(parts["midway"]))
-            check_batches(self.folder, self._midway, self.position.phase, getattr(self.config, self.position.phase))
+        with self._writing():
+            if distributed.is_main():
+                take_up_settings(self.folder, self.settings, forced)
         log.info("resumed at task %d, %s, from checkpoint %s", self.position.task + 1, self.position.phase, found.name)
 
 

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
+from lifealign.config import differences
 from lifealign.data.tasks import Task
 from lifealign.errors import UserError
 from lifealign.evaluation.scores import ScoreBook
 from lifealign.models.adapter import factor_shapes
 from lifealign.models.policy import Policy
 from lifealign.runtime import checkpoint, distributed
+from lifealign.runtime.files import read_yaml, write_text
 from lifealign.stages import StageOptions
 from lifealign.strategies.base import Experience
 
@@ -45,11 +48,41 @@ def refuse_a_lost_run(folder: Path) -> None:
         )
 
 
-def check_rows(folder: Path, tasks: Sequence[Task], before: Mapping[str, str], *, force: bool) -> None:
-    """Compare each task's rows with those of the run, ``before`` by the task's name.
+def changed_settings(folder: Path, settings: Mapping[str, Any]) -> list[str]:
+    """What differs between the settings of a run and those it is given now; nothing where it has none.
 
     Raises:
-        UserError: where they are others; with ``force`` that is recorded instead.
+        UserError: where ``config.yaml`` cannot be read.
+    """
+    held = folder / "config.yaml"
+    if not held.exists():
+        return []
+    before = read_yaml(held)
+    if not isinstance(before, dict):
+        raise UserError(f"{held}: not what a run writes; take it from a copy of the run, or name another run.dir")
+    return differences(before, dict(settings))
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    write_text(folder / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False))
+
+
+def take_up_settings(folder: Path, settings: Mapping[str, Any], also: Sequence[str]) -> None:
+    """Of a run that goes on: note what was forced, ``also`` what is no setting, and keep the settings. Rank 0 only."""
+    changed = [*changed_settings(folder, settings), *also]
+    if changed:
+        checkpoint.record_forced(folder, changed)
+    write_settings(folder, settings)
+
+
+def check_rows(folder: Path, tasks: Sequence[Task], before: Mapping[str, str], *, force: bool) -> list[str]:
+    """Compare each task's rows with those of the run, ``before`` by the task's name.
+
+    Returns:
+        What differs, where ``force`` allows it.
+
+    Raises:
+        UserError: where they are others.
     """
     changed = [t.name for t in tasks if t.name in before and before[t.name] != t.data_hash]
     if changed and not force:
@@ -57,8 +90,7 @@ def check_rows(folder: Path, tasks: Sequence[Task], before: Mapping[str, str], *
             f"{folder}: the rows of task '{changed[0]}' are not those that the interrupted run was trained on; "
             "resume=force goes on all the same, resume=never starts over"
         )
-    if changed and distributed.is_main():
-        checkpoint.record_forced(folder, [f"the rows of task {name}" for name in changed])
+    return [f"the rows of task {name}" for name in changed]
 
 
 def check_weights(folder: Path, policy: Policy, adapter: Tensors, added: Tensors) -> None:
@@ -71,7 +103,7 @@ def check_weights(folder: Path, policy: Policy, adapter: Tensors, added: Tensors
         )
 
 
-def check_batches(folder: Path, midway: Midway, stage: str, options: StageOptions) -> None:
+def check_midway(folder: Path, midway: Midway, stage: str, options: StageOptions) -> None:
     """Raises UserError where the interrupted stage would now take its rows in other batches."""
     batch_size = options.global_batch(stage, distributed.world_size())
     if batch_size != midway.batch_size:
@@ -79,6 +111,25 @@ def check_batches(folder: Path, midway: Midway, stage: str, options: StageOption
             f"{folder}: was interrupted in a stage with {midway.batch_size} pairs a step, which would now have "
             f"{batch_size}; set {stage}.batch_size={midway.batch_size}"
         )
+
+
+def check_batches(folder: Path, before: Mapping[str, int], now: Mapping[str, int], *, force: bool) -> list[str]:
+    """Compare the pairs a step of each stage: where no batch size is set they go with the number of ranks.
+
+    Returns:
+        What differs, where ``force`` allows it.
+
+    Raises:
+        UserError: where they are others.
+    """
+    changed = [stage for stage, pairs in before.items() if now[stage] != pairs]
+    if changed and not force:
+        stage = changed[0]
+        raise UserError(
+            f"{folder}: was trained with {before[stage]} pairs a step in its {stage} stages, which would now have "
+            f"{now[stage]}; set {stage}.batch_size={before[stage]}, or go on all the same with resume=force"
+        )
+    return [f"pairs a step, {stage}: {before[stage]} -> {now[stage]}" for stage in changed]
 
 
 def extended_book(before: ScoreBook, tasks: Sequence[str], plan: Sequence[Experience], done: int, strategy: str) -> ScoreBook:

@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lifealign import sweep
-from lifealign.config import Config, build, differences, resolved, run_name
+from lifealign.config import Config, build, resolved, run_name
 from lifealign.data.tasks import Task
 from lifealign.errors import UserError, storage_failed
 from lifealign.evaluation.report import write_report
@@ -27,8 +27,9 @@ from lifealign.evaluation.stability import stability
 from lifealign.lifelong import Lifelong
 from lifealign.memory.bank import read_ledger
 from lifealign.memory.contributions import summarise
+from lifealign.resuming import changed_settings, write_settings
 from lifealign.runtime import checkpoint, distributed
-from lifealign.runtime.files import read_json_lines, read_yaml, write_json, write_text
+from lifealign.runtime.files import read_json_lines, write_json
 from lifealign.runtime.lock import locked
 from lifealign.runtime.options import Resume
 from lifealign.runtime.orphan import ends_with_launcher
@@ -134,25 +135,16 @@ def _prepare_directory(folder: Path, config: Config, settings: Mapping[str, Any]
     link = next((path for path in [folder, *folder.iterdir()] if path.is_symlink()), None)
     if link is not None:  # what is written below it would land elsewhere
         raise UserError(f"{link}: is a symbolic link; a run writes to folders of its own, so name the real one")
-    held = folder / "config.yaml"
-    if held.exists() and checkpoint.newest_folder(folder / "checkpoints") is not None:
-        changed = differences(_read_settings(held), dict(settings))
+    if checkpoint.newest_folder(folder / "checkpoints") is not None:
+        changed = changed_settings(folder, settings)
         if changed and config.resume is not Resume.force:
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise UserError(
                 f"{folder} holds a run with another {changed[0]}{more}; resume=force goes on with the new setting, "
                 "another run.dir starts anew"
             )
-        if changed:
-            checkpoint.record_forced(folder, changed)
-    write_text(held, yaml.safe_dump(dict(settings), sort_keys=False))
-
-
-def _read_settings(held: Path) -> dict[str, Any]:
-    settings = read_yaml(held)
-    if not isinstance(settings, dict):
-        raise UserError(f"{held}: not what a run writes; take it from a copy of the run, or name another run.dir")
-    return settings
+    elif not (folder / "scores.json").exists():  # of a run that has come somewhere they change once it may go on
+        write_settings(folder, settings)
 
 
 def _next_free(folder: Path) -> Path:
@@ -166,6 +158,8 @@ def _next_free(folder: Path) -> Path:
 def log_data(lifelong: Lifelong) -> None:
     for task in lifelong.tasks:
         log.info("%s: %d training, %d held-out pairs; dropped: %s", task.name, len(task.train), len(task.test), _dropped(task))
+        if task.seen_prompts:
+            log.warning("%s: prompts of %d held-out pairs stand in training pairs, too", task.name, task.seen_prompts)
 
 
 def _dropped(task: Task) -> str:
@@ -199,6 +193,7 @@ def data_summary(tasks: Sequence[Task]) -> list[dict[str, Any]]:
             "about": task.domain,
             "training pairs": len(task.train),
             "held-out pairs": len(task.test),
+            "with a prompt of a training pair": task.seen_prompts,
             "dropped": _dropped(task),
             "sha256": task.data_hash,
         }

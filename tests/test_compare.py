@@ -260,7 +260,14 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     (run / "scores.json").write_text("{")
     assert main([str(run)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {run}: scores.json or config.yaml is not what a run writes (Expecting property name")
+    told = "scores.json, config.yaml or a predictions.jsonl is not what a run writes"
+    assert line.startswith(f"error: {run}: {told} (Expecting property name")
+    run = write_run(tmp_path / "runs" / "cut", GOOD)
+    predictions = next(run.rglob("predictions.jsonl"))
+    predictions.write_text(predictions.read_text()[:-20])
+    assert main([str(run)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {run}: {told} (Unterminated string")
 
 
 def test_runs_that_kept_no_predictions_have_scores_and_no_differences(tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def test_a_decomposition_that_fails_is_named_on_every_rank(ranks: int, monkeypat
     told = played(monkeypatch, ranks, work)
     assert {type(one) for one in told} == {ConsolidationFailed}
     (text,) = {str(one) for one in told}
-    assert "layers.1.q.lora_A" in text
+    assert [name for name in SHAPES if name in text] == ["layers.1.q.lora_A"]
     assert "did not converge" in text
     assert "\n" not in text
 
@@ -347,7 +347,7 @@ def test_a_full_memory_that_cannot_be_merged_names_its_factor(monkeypatch: pytes
     change = {name: changes(1)[f"layers.{i + 1}.q.lora_A"] for i, name in enumerate(shapes)}
     with pytest.raises(ConsolidationFailed, match=r"did not converge") as failure:
         consolidator.consolidate(zero(shapes), {"a": change["a"], "b": 1e4 * change["b"]})
-    assert " b" in str(failure.value)
+    assert "the linear algebra of b failed" in str(failure.value)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

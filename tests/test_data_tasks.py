@@ -196,6 +196,33 @@ def test_rows_from_the_hub_use_its_columns(
     assert (task.train[0].chosen_text, task.test[0].rejected_text) == ("blue", "black . a")
 
 
+def test_no_prompt_that_is_held_out_of_a_split_stays_in_training(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 40 rows of 8 prompts 4 are held out; with them go the other rows of their prompts, five rows each."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    words = [word for word in WORDS if word.isalpha()][:8]
+    write(tmp_path, "set", [row(prompt=words[n % 8]) for n in range(40)], "train")
+    hub = HubSource(path=str(tmp_path / "set"), eval_split=None)
+    (task,) = load_tasks(sequence("sky", sky=TaskSource(hub=hub)), DataOptions(hub=True), tokenizer, tmp_path)
+    held = {pair.prompt_text for pair in task.test}
+    assert len(task.test) == 4 and len(task.train) == 40 - 5 * len(held)
+    assert task.dropped["prompt is held out"] == 36 - len(task.train)
+    assert task.seen_prompts == 0
+    hub.eval_share = 0.9
+    with pytest.raises(UserError, match="every prompt is held out, so nothing is left to train on"):
+        load_tasks(sequence("sky", sky=TaskSource(hub=hub)), DataOptions(hub=True), tokenizer, tmp_path)
+
+
+def test_held_out_pairs_whose_prompt_is_trained_on_are_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    write(tmp_path, "sky", [row(), row(prompt="is blue the sky")], "train")
+    write(tmp_path, "sky", [row(chosen="very blue"), row(prompt="very black"), row()], "test")
+    (task,) = load_tasks(sequence("sky"), DataOptions(root=str(tmp_path)), tokenizer, tmp_path / "unused")
+    assert (len(task.train), len(task.test), task.seen_prompts) == (2, 3, 2)
+
+
 @pytest.mark.parametrize(
     "tasks, options, message",
     [

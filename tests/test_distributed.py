@@ -6,9 +6,12 @@ everything that the tests compare with this process, and leaves what came out in
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,10 +25,11 @@ from oracles import relative
 from safetensors.torch import load_file, save_file
 from support import command, compose_config, train_here
 
+import lifealign.command
 import lifealign.trainer
 from lifealign.assembly import make_policy
 from lifealign.assets import SIX_DOMAINS
-from lifealign.command import without_local_rank
+from lifealign.command import exit_codes, without_local_rank
 from lifealign.config import Config, build
 from lifealign.data.tasks import Task, load_tasks
 from lifealign.errors import TrainingDiverged, UserError
@@ -218,6 +222,8 @@ def work(folder: Path) -> None:
         save_file(values, folder / f"consolidated-{name}-{distributed.rank()}.safetensors")
     found["damaged"] = damaged(folder / "damaged")
     found["diverged"] = diverge(folder / "diverged")
+    found["waited"] = wait_twice()
+    found["alone"] = fail_alone()  # the last: the group ends with it
     (folder / f"rank-{distributed.rank()}.json").write_text(json.dumps(found))
 
 
@@ -234,6 +240,30 @@ def load_partitioned() -> dict[str, Any]:
         "share": {name: p.ds_tensor.numel() for name, p in base.items()},
         "adapter": {name: list(value.shape) for name, value in read_factors(model).items()},
     }
+
+
+def wait_twice() -> list[float]:
+    """Seconds that each of two waits for rank 0 took, which works for 0.4 s and then for no time."""
+    took = []
+    for seconds in (0.4, 0.0):
+        distributed.barrier()
+        started = time.monotonic()
+        with distributed.waiting_for_main(poll_seconds=0.01):
+            if distributed.is_main():
+                time.sleep(seconds)
+        took.append(time.monotonic() - started)
+    return took
+
+
+def fail_alone() -> str:
+    """What a command tells on standard error where the second rank alone meets a mistake."""
+    told = io.StringIO()
+    if distributed.is_main():
+        time.sleep(3)  # as if it waited for the other one
+        return ""
+    with mock.patch.object(lifealign.command, "GRACE_SECONDS", 0.5), redirect_stderr(told), suppress(SystemExit), exit_codes():
+        raise UserError("data.root: no folder here")
+    return told.getvalue()
 
 
 def diverge(folder: Path) -> str:
@@ -401,6 +431,16 @@ def test_a_memory_of_two_ranks_is_read_by_one(name: str, two: Path, tmp_path: Pa
             assert relative(*sides) < 1e-5
         if name != "product":
             assert all(relative(written[key], alone[key]) < 1e-6 for key in written)
+
+
+def test_ranks_wait_for_the_first_outside_of_a_collective(two: Path) -> None:
+    for rank in range(2):
+        long, short = json.loads((two / f"rank-{rank}.json").read_text())["waited"]
+        assert long >= 0.39 and short < 0.35
+
+
+def test_a_mistake_that_one_rank_alone_meets_is_told_by_it(two: Path) -> None:
+    assert json.loads((two / "rank-1.json").read_text())["alone"] == "error: rank 1: data.root: no folder here\n"
 
 
 @pytest.mark.parametrize("kind", ["a number", "the end"])

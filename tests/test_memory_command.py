@@ -16,7 +16,7 @@ from support import Ended, compose_config, end_here, train_here
 
 from lifealign.memory.bank import read_ledger, read_update
 from lifealign.memory.contributions import cosines, summarise
-from lifealign.memory.edit import edit
+from lifealign.memory.edit import edit, finished_adapters
 from lifealign.memory_command import main
 from lifealign.models.adapter import WEIGHTS, saved_name
 from lifealign.rescore import Scorer
@@ -88,7 +88,7 @@ def test_scaling_changes_nothing_but_the_tasks_own_part(run: Path, tmp_path: Pat
 
 
 def test_products_are_scaled_too(run: Path) -> None:
-    """Of a product without truncation: at factor 1 + ε the change is ε times what the ledger says, whatever the space."""
+    """What is left is the nearest adapter of its rank to the product less what the ledger says; the rest of it is told."""
     if "product" not in str(run):
         pytest.skip("a matter of the space of products")
     edited = edit(run, {"hc3": 0.0})
@@ -270,6 +270,18 @@ def test_damaged_memory_is_never_used(tmp_path: Path, plain: Path) -> None:
     assert ended.code == 2
     assert "is not what was written" in ended.err
     assert not (tmp_path / "x").exists()
+
+
+def test_the_hundredth_task_comes_after_the_eleventh(tmp_path: Path) -> None:
+    for number in (1, 11, 99, 100, 101):
+        (tmp_path / "tasks" / f"{number:02d}_t{number}" / "adapter").mkdir(parents=True)
+    assert [adapter.parent.name for adapter in finished_adapters(tmp_path)] == [
+        "01_t1",
+        "11_t11",
+        "99_t99",
+        "100_t100",
+        "101_t101",
+    ]
 
 
 def test_an_edit_starts_from_the_last_finished_task(tmp_path: Path, plain: Path) -> None:

@@ -32,6 +32,7 @@ from lifealign.config import build
 from lifealign.data.tasks import load_tasks
 from lifealign.data.tokenize import Pair
 from lifealign.errors import UserError
+from lifealign.models import scoring
 from lifealign.models.adapter import factor_shapes, write_factors
 from lifealign.models.base_hash import base_hash
 from lifealign.models.loading import load_tokenizer, pad_token_id
@@ -102,6 +103,25 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def loaded() -> Loaded:
     return Loaded()
+
+
+def test_what_was_scored_before_an_end_is_in_the_cache(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten pairs, three a portion; the end comes in the third."""
+    portions, score = [], scoring.score_pairs
+
+    def ended(*arguments: Any, **options: Any) -> torch.Tensor:
+        portions.append(len(arguments[2]))
+        if len(portions) == 3:
+            raise KeyboardInterrupt
+        return score(*arguments, **options)
+
+    monkeypatch.setattr(scoring, "PORTION", 3)
+    monkeypatch.setattr(scoring, "score_pairs", ended)
+    with pytest.raises(KeyboardInterrupt):
+        loaded.ensure(tmp_path)
+    assert loaded.ensure(tmp_path)[0] == ReferenceCounts(10, 6, 4)
+    assert portions == [3, 3, 3, 3, 1]
+    torch.testing.assert_close(loaded.ensure(tmp_path)[1], loaded.ensure(None)[1], rtol=1e-5, atol=1e-5)
 
 
 # -- found by content --------------------------------------------------------------------------------------------------

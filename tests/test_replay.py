@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from lifealign.data.replay import ReplayBuffer, Reservoir
 from lifealign.data.tokenize import Pair
+from lifealign.errors import UserError
 
 
 def pairs(task: str, count: int) -> list[Pair]:
@@ -136,6 +138,23 @@ def test_a_reservoir_goes_on_where_it_was_saved() -> None:
         each.add(pairs("b", 5), seeded(1))
     assert ids(restored) == ids(buffer)
     assert restored.seen == 14
+
+
+@pytest.mark.parametrize("kind", [lambda size: ReplayBuffer(size, 1.0), Reservoir])
+def test_a_buffer_that_has_become_smaller_holds_no_more_than_it_may(kind: Callable[[int], ReplayBuffer]) -> None:
+    large, small = kind(8), kind(3)
+    large.add(pairs("a", 20), seeded(0))
+    small.load_state_dict(json.loads(json.dumps(large.state_dict())))
+    assert len(small.pairs) == 3 and set(ids(small)) < set(ids(large))
+    if isinstance(small, Reservoir):
+        assert small.seen == 20
+    else:
+        assert ids(small) == ids(large)[-3:]  # the oldest leave
+
+
+def test_a_reservoir_does_not_go_on_from_another_buffer() -> None:
+    with pytest.raises(UserError, match=r"strategy\.buffer=reservoir: the run's buffer is another"):
+        Reservoir(4).load_state_dict(ReplayBuffer(4, 0.2).state_dict())
 
 
 def test_a_reservoir_without_room_holds_nothing() -> None:

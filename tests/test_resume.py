@@ -15,6 +15,7 @@ from lifealign.errors import UserError
 from lifealign.lifelong import Lifelong
 from lifealign.runtime.checkpoint import newest_folder
 from lifealign.runtime.timing import Timing
+from lifealign.stages import StageOptions
 
 VARYING = ("pairs_per_second", "tokens_per_second")
 
@@ -141,7 +142,39 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_over(uninterrupted: Pat
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(UserError, match=r"holds a run without its checkpoints"):
-        train_here(folder)
+        train_here(folder, "seed=1")
+    assert (folder / "config.yaml").read_bytes() == (uninterrupted / "config.yaml").read_bytes()
+
+
+def test_settings_with_which_a_run_cannot_go_on_leave_no_trace(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    for refused, said in (("model.lora.r=16", "its adapter is of another shape"), ("sequence.tasks=[hc3]", "begin with")):
+        with pytest.raises(UserError, match=said):
+            train_here(folder, refused, "resume=force")
+        assert (folder / "config.yaml").read_bytes() == (uninterrupted / "config.yaml").read_bytes()
+        assert not (folder / "forced.jsonl").exists()
+
+
+def test_other_batches_are_refused_between_stages_and_force_accepts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with half of the ranks, where no batch size is set."""
+    save = Lifelong._save
+
+    def save_and_stop(self: Lifelong) -> None:
+        save(self)
+        raise Interrupted
+
+    monkeypatch.setattr(Lifelong, "_save", save_and_stop)
+    with pytest.raises(Interrupted):
+        train_here(tmp_path / "run")
+    monkeypatch.undo()
+    monkeypatch.setattr(StageOptions, "global_batch", lambda *_: 4)
+    with pytest.raises(UserError, match=r"8 pairs a step in its sft stages, which would now have 4; set sft\.batch_size=8, or"):
+        train_here(tmp_path / "run")
+    train_here(tmp_path / "run", "resume=force")
+    (forced,) = map(json.loads, (tmp_path / "run" / "forced.jsonl").read_text().splitlines())
+    assert forced["changed"] == ["pairs a step, sft: 8 -> 4", "pairs a step, preference: 8 -> 4"]
 
 
 def test_a_finished_run_is_not_run_again(uninterrupted: Path) -> None:

@@ -26,6 +26,7 @@ from lifealign.models.adapter import named_factors
 from lifealign.models.loading import attach_lora, load_base
 from lifealign.models.options import BaseDtype
 from lifealign.runtime.engine import deepspeed_config
+from lifealign.runtime.files import read_json_lines, write_json_lines
 
 ONE_TASK = ("sequence.tasks=[instruct]", "evaluation.metrics=[chosen_nll]")
 """The first task of the run below: the same steps, the same adapter."""
@@ -170,6 +171,13 @@ def test_memory(run: Path) -> None:
         assert held.keys() == {record["factor"] for record in records}
         for record in records:
             assert held[record["factor"]].norm().item() == pytest.approx(record["refined_norm"], rel=1e-5)
+
+
+def test_texts_of_any_characters_are_read_back(tmp_path: Path) -> None:
+    """What some call an end of a line, within a text."""
+    rows = [{"response": f"a{end}b"} for end in "\n\r\v\x1c\x85\u2028\u2029"]
+    write_json_lines(tmp_path / "rows.jsonl", rows)
+    assert read_json_lines(tmp_path / "rows.jsonl") == rows
 
 
 def test_report(run: Path) -> None:

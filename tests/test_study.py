@@ -20,7 +20,7 @@ from safetensors import safe_open
 from support import REPOSITORY, command, end_here
 
 from lifealign.command import conf_dir, exit_codes
-from lifealign.errors import UserError
+from lifealign.errors import DIVERGED, UserError
 from lifealign.evaluation.scores import ScoreBook
 from lifealign.runtime.files import read_json, write_json
 from lifealign.runtime.lock import locked
@@ -214,7 +214,10 @@ def test_no_rate_is_chosen_before_all_short_runs_have_ended(tmp_path: Path) -> N
     (row,) = read_json(tmp_path / "tuning.json")
     assert row["scores"]["1"]["mean_log_sigmoid"] == pytest.approx(-0.7)  # the mean of -0.6 and -0.8
     assert row["scores"]["2"]["mean_log_sigmoid"] == pytest.approx(-0.6) and row["chosen"] == 2
-    end(2.0, 1, -0.5)  # diverged
+    for code in (1, 2, 128 + signal.SIGTERM):  # a full disk, a network that is down, a stop: not so the next time
+        end(2.0, code, -0.5)
+        assert {*choose(small).values()} == {None}
+    end(2.0, DIVERGED, -0.5)
     assert {*choose(small).values()} == {1.0}
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import socket
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lifealign.evaluation.scores import ScoreBook
 from lifealign.lifelong import Lifelong
 from lifealign.objectives.components import DPO, FPO
 from lifealign.runtime.options import SinkName, TrackingMode, TrackingOptions
-from lifealign.runtime.sinks import series
+from lifealign.runtime.sinks import CsvSink, series
 from lifealign.runtime.tracking import Tracker
 
 ALL = list(SinkName)
@@ -302,6 +303,27 @@ def test_mode_disabled_leaves_out_wandb_alone(tmp_path: Path) -> None:
         told.rewind(0)
         record(told)
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "metrics.csv", "tensorboard"}
+
+
+def test_wandb_that_cannot_begin_is_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is logged in, and nobody can be asked for a key."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(UserError, match=r"tracking\.mode=online: wandb could not begin a run .*tracking\.mode=offline"):
+        Tracker(TrackingOptions(sinks=[SinkName.wandb], mode=TrackingMode.online), tmp_path, {})
+
+
+def test_a_picture_that_cannot_be_kept_is_told_with_the_next_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(ENOSPC, "no room")
+
+    monkeypatch.setattr(CsvSink, "picture", full)
+    with tracker(tmp_path, SinkName.csv) as told:
+        told.picture("scores", b"")
+        told.log("step", step(1, "hc3", "sft", loss=2.0))
+        with pytest.raises(OSError, match="no room"):
+            told.check()
+    assert not step_rows(tmp_path)
 
 
 def test_nobody_looks_at_pictures_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

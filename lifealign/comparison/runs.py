@@ -107,12 +107,14 @@ def _read(folder: Path, name: str) -> Run:
         book = ScoreBook.from_json(read_json(folder / "scores.json"))
         settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         cell = Cell(settings["sequence"]["name"], name, ANY, SEED, folder, ())
+        predictions, data = read_predictions(folder), newest_state(cell).get("data", {})
+        of_pairs = {"rows": rows_of(predictions), "scored": margins_of(predictions)}
+        held_out = _held_out(predictions)
     except (ValueError, KeyError, TypeError, RecursionError, OSError, yaml.YAMLError) as error:
         what = " ".join(str(error).split())
-        raise UserError(f"{folder}: scores.json or config.yaml is not what a run writes ({what}); leave it out") from error
-    predictions, data = read_predictions(folder), newest_state(cell).get("data", {})
-    of_pairs = {"rows": rows_of(predictions), "scored": margins_of(predictions)}
-    return Run(name, Result(cell, Record([]), {"data": data}, book, **of_pairs), settings, _held_out(predictions))
+        files = "scores.json, config.yaml or a predictions.jsonl"
+        raise UserError(f"{folder}: {files} is not what a run writes ({what}); leave it out") from error
+    return Run(name, Result(cell, Record([]), {"data": data}, book, **of_pairs), settings, held_out)
 
 
 def _held_out(predictions: Predictions) -> str | None:

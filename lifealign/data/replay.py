@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lifealign.data.tokenize import Pair
+from lifealign.errors import UserError
 
 
 class ReplayBuffer:
@@ -34,7 +35,9 @@ class ReplayBuffer:
         return {"pairs": [asdict(pair) for pair in self.pairs]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.pairs = [Pair(**values) for values in state["pairs"]]
+        """Take up what :meth:`state_dict` gave; where fewer pairs are held now, the oldest are left out."""
+        pairs = [Pair(**values) for values in state["pairs"]]
+        self.pairs = pairs[max(0, len(pairs) - self.size) :]
 
 
 class Reservoir(ReplayBuffer):
@@ -62,5 +65,13 @@ class Reservoir(ReplayBuffer):
         return {**super().state_dict(), "seen": self.seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.seen = state["seen"]
+        """As of a uniform buffer, but that what is left out is drawn at random.
+
+        Raises:
+            UserError: for the state of another kind of buffer, of which nobody knows how many pairs have come by.
+        """
+        if "seen" not in state:
+            raise UserError("strategy.buffer=reservoir: the run's buffer is another; go on with strategy.buffer=uniform")
+        self.seen, pairs = state["seen"], [Pair(**values) for values in state["pairs"]]
+        drawn = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(self.seen))[: self.size]
+        self.pairs = [pairs[i] for i in sorted(drawn.tolist())]

@@ -19,6 +19,9 @@ from lifealign.data.schema import Preference
 from lifealign.data.tokenize import Pair, PairTokenizer
 from lifealign.errors import UserError, did_you_mean
 
+HELD_OUT = "prompt is held out"
+"""Reason for which a training row is dropped: it would teach what a held-out one asks."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -30,6 +33,12 @@ class Task:
     test: list[Pair]
     dropped: dict[str, int]  # reason -> rows of both files; length reasons only of the rows that were tokenised
     data_hash: str  # sha256 over the canonical rows of ``train`` and ``test``
+
+    @property
+    def seen_prompts(self) -> int:
+        """Held-out pairs whose prompt stands in a training pair, too; data sets that split by row have some."""
+        trained = {tuple(pair.prompt) for pair in self.train}
+        return sum(tuple(pair.prompt) in trained for pair in self.test)
 
 
 def load_tasks(sequence: SequenceOptions, data: DataOptions, tokenizer: Any, bundled_root: Path) -> list[Task]:
@@ -85,6 +94,14 @@ def _checked(sequence: SequenceOptions, name: str, data: DataOptions, root: Path
         columns, splits = source.hub.columns or source.columns, read_hub(source.hub)
     _check_columns(columns, owner)
     train, test = (_Split(rows, *read_preferences(rows, name, columns, data.max_empty)) for rows in splits)
+    if train.rows.source == test.rows.source:  # rows were held out of one split, which may hold several of one prompt
+        left = train.without(test).preferences
+        if not left:
+            raise UserError(
+                f"{train.rows.source}: every prompt is held out, so nothing is left to train on; give a smaller hub.eval_share"
+            )
+        gone = len(train.preferences) - len(left)
+        train = replace(train, preferences=left, dropped=Counter({**train.dropped, HELD_OUT: gone}))
     return replace(train, preferences=_part(train, name, task.part)), test
 
 

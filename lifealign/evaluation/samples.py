@@ -12,7 +12,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
-from lifealign.runtime.files import read_json_lines
+from lifealign.runtime.files import numbered_folders, read_json_lines
 
 Marked = tuple[str, bool]
 """A stretch of text, and whether it is among what changed."""
@@ -56,7 +56,7 @@ def read_changes(folder: Path) -> list[Change]:
     Args:
         folder: the ``tasks`` folder of a run, with a folder for each finished task.
     """
-    steps = [(left.name.split("_", 1)[1], _answers(left)) for left in sorted(folder.iterdir())] if folder.exists() else []
+    steps = [(left.name.split("_", 1)[1], _answers(left)) for left in numbered_folders(folder)]
     earlier: Mapping[str, list[dict[str, Any]]] = {}
     changes: list[Change] = []
     for trained, answers in steps:

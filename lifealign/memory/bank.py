@@ -165,14 +165,16 @@ class MemoryBank:
 
         Raises:
             UserError: where the details of an entry are missing or not what was written.
+            OSError: on every rank, where the ledger cannot be written.
         """
         self.entries, self.files = list(entries), dict(files)
-        if distributed.is_main():
-            if not self._ledger_agrees():
-                line = f"{self.folder.name}/ledger.json is not what was written; written again from the checkpoint"
-                log.warning(line)
-                console.print(line, markup=False)
-            self._write_ledger()
+        with distributed.failing_together(OSError):
+            if distributed.is_main():
+                if not self._ledger_agrees():
+                    line = f"{self.folder.name}/ledger.json is not what was written; written again from the checkpoint"
+                    log.warning(line)
+                    console.print(line, markup=False)
+                self._write_ledger()
         return [{**entry, "tensors": _read_details(self.folder, entry)["tensors"]} for entry in self.entries]
 
     def _ledger_agrees(self) -> bool:

@@ -67,10 +67,6 @@ class Basis:
         """(size, batch, rows, columns)."""
         return self._store[: self.size]
 
-    def project(self, update: torch.Tensor) -> torch.Tensor:
-        """Component in the span; (batch, rows, columns) in and out."""
-        return self.combine(self.coordinates(update)).to(update.dtype)
-
     def coordinates(self, update: torch.Tensor) -> torch.Tensor:
         """(batch, size) float64 inner products with the vectors."""
         rows = update.to(self._working).flatten(0, 1).unsqueeze(1)
@@ -88,6 +84,7 @@ class Basis:
 
         Raises:
             ValueError: where it is not finite; leaving it out would shorten the history unseen.
+            LinAlgError: where :meth:`directions` cannot be had, of a factor that is beyond its limit.
         """
         update = update.to(self._working)
         whole = norm(update)
@@ -109,6 +106,10 @@ class Basis:
             self._drop_last()
         elif self.limit is not None and self.size > self.limit:
             self._merge_least()
+
+    def directions(self, factors: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where there is a limit: energies of the history of these factors, ascending, and its directions in the vectors."""
+        return torch.linalg.eigh(self._energies[factors])
 
     @property
     def _working(self) -> torch.dtype:
@@ -146,7 +147,7 @@ class Basis:
 
     def _merge_least(self) -> None:
         """Turn the vectors to the singular directions of the history, and let the one with the least energy go."""
-        squares, rotation = torch.linalg.eigh(self._energies)  # ascending
+        squares, rotation = self.directions()
         least, others = squares[:, :1].clamp(min=0), squares[:, 1:]
         self.merged += least[:, 0]
         self._energies = torch.diag_embed(torch.where(others > 0, others - least, others))
@@ -158,7 +159,11 @@ class Basis:
 
 
 def norm(update: torch.Tensor) -> torch.Tensor:
-    """(batch,) float64 Frobenius norms of (batch, rows, columns)."""
+    """(batch,) float64 Frobenius norms of (batch, rows, columns).
+
+    Squares are summed along rows in the dtype of the update: in float32 numbers below 1e-22 count as none, and a row of norm
+    above 1e19 as not finite.
+    """
     return torch.linalg.vector_norm(update, dim=-1).double().norm(dim=-1)
 
 
@@ -174,7 +179,7 @@ def rescale_history(update: torch.Tensor, basis: Basis, scale: float) -> Refined
     coordinates = basis.coordinates(update)
     past = basis.combine(coordinates).to(update.dtype)
     total = norm(update).square()
-    share = torch.where(total > 0, coordinates.square().sum(-1) / total, 0.0)
+    share = torch.where(total > 0, coordinates.square().sum(-1) / total, 0.0).clamp(max=1)  # vectors are unit but for rounding
     return Refined(update.clone() if scale == 1 else update.sub(past, alpha=1 - scale), share)
 
 

@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 BATCH_ELEMENTS = 1 << 20
 """Most numbers of an update in one batched call: enough that calls cost little beside their work, and few enough that its
-copies cost little memory."""
+copies cost little memory. A history in bfloat16 is copied as well, at twice its size."""
 
 
 class Space(str, Enum):
@@ -143,7 +143,7 @@ class FactorConsolidator(Consolidator):
         super().__init__(assign_owners({name: shape.numel() * min(shape) for name, shape in shapes.items()}), options)
         groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
         for name in shapes:
-            if name in self.owned:
+            if self.holds(name):
                 groups[tuple(sorted(shapes[name]))].append(name)
         self._bases: list[tuple[list[str], Basis]] = []
         for shape, names in groups.items():
@@ -167,8 +167,7 @@ class FactorConsolidator(Consolidator):
             long_term = rescale_history(short_term.update, basis, self.options.scale)
             refined = of_length(change, long_term.update) if self.options.length_only else long_term.update
             remembered = refined.to(self.options.memory_dtype)
-            with naming(names):
-                basis.extend(remembered)
+            _join(names, basis, remembered)
             columns = {
                 "factor": names,
                 "kept_rank": short_term.kept_rank.tolist(),
@@ -248,6 +247,21 @@ def of_length(update: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Each of the updates, (factors, short, long), scaled to the norm of the other in its place; zero stays zero."""
     lengths, wanted = (norm(matrices).view(-1, 1, 1) for matrices in (update, other))
     return update * torch.where(lengths > 0, wanted / lengths, 0).to(update.dtype)
+
+
+def _join(names: Sequence[str], basis: Basis, update: torch.Tensor) -> None:
+    """Let updates join the history of their factors.
+
+    Raises:
+        ConsolidationFailed: naming the factor whose history cannot be decomposed.
+    """
+    try:
+        basis.extend(update)
+    except torch.linalg.LinAlgError:  # of which factor, they tell one by one
+        for factor, name in enumerate(names):
+            with naming([name]):
+                basis.directions(slice(factor, factor + 1))
+        raise
 
 
 def _integrated(

@@ -19,6 +19,7 @@ from lifealign.memory.consolidation import Space
 from lifealign.memory.contributions import tasks_of
 from lifealign.memory.product import LEFT, RIGHT, Product, best_adapter, scaled, spectral, total
 from lifealign.models.adapter import WEIGHTS, read_tensors, saved_name
+from lifealign.runtime.files import numbered_folders
 
 Tensors = dict[str, torch.Tensor]
 
@@ -37,7 +38,7 @@ def finished_adapters(run: Path) -> list[Path]:
     Raises:
         UserError: where there is none.
     """
-    finished = sorted((run / "tasks").glob("[0-9]*_*/adapter"))
+    finished = [adapter for task in numbered_folders(run / "tasks") if (adapter := task / "adapter").exists()]
     if not finished:
         raise UserError(f"{run}: no task of this run is finished, so there is no adapter")
     return finished

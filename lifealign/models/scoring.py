@@ -24,6 +24,10 @@ def pair_row(pair: Pair) -> Row:
     return Row(pair.prompt, (pair.chosen, pair.rejected))
 
 
+PORTION = 4096
+"""Pairs that are scored before the cache is told: what a run has to compute again that was ended meanwhile."""
+
+
 @torch.no_grad()
 def score_pairs(
     module: nn.Module, policy: Policy, pairs: Sequence[Pair], *, batch_size: int, pad_token_id: int
@@ -99,14 +103,16 @@ class ReferenceLogps:
         missing = {key: pair for pair in pairs if (key := pair_key(pair)) not in self._known}
         found = self._cached(policy, missing) if missing else {}
         self._known.update(found)
-        left = {key: pair for key, pair in missing.items() if key not in found}
-        if left:
+        left = [key for key in missing if key not in found]
+        for start in range(0, len(left), PORTION):
+            keys = left[start : start + PORTION]
             with policy.without_adapter():
-                scores = score_pairs(module, policy, list(left.values()), batch_size=batch_size, pad_token_id=pad_token_id)
-            self._known.update(zip(left, scores, strict=True))
+                some = [missing[key] for key in keys]
+                scores = score_pairs(module, policy, some, batch_size=batch_size, pad_token_id=pad_token_id)
+            self._known.update(zip(keys, scores, strict=True))
             if self._cache is not None:
                 sound = torch.isfinite(scores).all(dim=1)  # what went wrong once must not come back in every run
-                self._cache.add([key for key, good in zip(left, sound, strict=True) if good], scores[sound].numpy())
+                self._cache.add([key for key, good in zip(keys, sound, strict=True) if good], scores[sound].numpy())
         return ReferenceCounts(len(pairs), len(found), len(left))
 
     def _cached(self, policy: Policy, missing: Mapping[bytes, Pair]) -> dict[bytes, torch.Tensor]:

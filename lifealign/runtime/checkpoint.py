@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from lifealign.errors import UserError
 from lifealign.runtime import distributed
-from lifealign.runtime.files import Seal, copy_file, file_seal, flush_folder, json_text, read_json, write_json
+from lifealign.runtime.files import Seal, copy_file, file_seal, flush_folder, json_text, read_json, write_json, write_text
 from lifealign.runtime.terminal import console
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def save(folder: Path, new: Checkpoint, *, keep: int) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     save_file({name: t.contiguous() for name, t in new.tensors.items()}, beside / TENSORS)
-    write_json(beside / STATE, new.state)
+    write_text(beside / STATE, json.dumps(new.state, allow_nan=False))  # in one line: replayed pairs make it long
     seals = {**{file: file_seal(beside / file) for file in OWN}, **new.files}
     write_json(beside / MANIFEST, _manifest(seals))
     flush_folder(beside)

@@ -5,8 +5,10 @@ Every launcher is accepted: ``deepspeed``, ``torchrun`` and plain ``python`` (a 
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -134,6 +136,24 @@ def failing_together(*kinds: type[Exception]) -> Iterator[None]:
     for error in gather_objects(own):
         if error is not None:
             raise error
+
+
+_waits = itertools.count()  # so that each wait has a name of its own
+
+
+@contextmanager
+def waiting_for_main(poll_seconds: float = 0.5) -> Iterator[None]:
+    """Inside, rank 0 may work for longer than a collective waits: the others wait for its end outside of any."""
+    done = f"rank 0 is done with {next(_waits)}"
+    try:
+        yield
+    finally:
+        if world_size() > 1:
+            store = dist.distributed_c10d._get_default_store()
+            if is_main():
+                store.set(done, "yes")
+            while not store.check([done]):
+                time.sleep(poll_seconds)
 
 
 def all_come(place: str, seconds: float) -> bool:

@@ -73,7 +73,8 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also cut at U+2028, which may stand in a text
+    return [json.loads(line) for line in lines if line]
 
 
 def read_yaml(path: Path) -> Any:
@@ -86,6 +87,12 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error})") from error
     except (ValueError, TypeError, RecursionError) as error:  # a date that is none, a key that cannot be one, nesting
         raise UserError(f"{path}: not YAML of plain values ({library_line(error)})") from error
+
+
+def numbered_folders(folder: Path) -> list[Path]:
+    """Those below ``folder`` that are named NUMBER_NAME, by number: 11 comes before 100. None where there is no folder."""
+    found = [path for path in folder.glob("[0-9]*_*") if path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.partition("_")[0]))
 
 
 def flush_folder(folder: Path) -> None:

@@ -19,7 +19,8 @@ STEP = "step"
 def read_optimizer(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """``NAME/exp_avg`` and ``NAME/exp_avg_sq`` in the shape of the parameter, ``NAME/step`` a scalar; float32, on the CPU.
 
-    A parameter that has never had a gradient has no state. Call on every rank, after at least one step.
+    A parameter that has never had a gradient has no state, and none has any before the first step is taken. Call on every
+    rank.
     """
     found = {}
     for name, parameter in _trained(engine):
@@ -35,6 +36,8 @@ def write_optimizer(engine: deepspeed.DeepSpeedEngine, state: Mapping[str, torch
         state: the same on every rank.
     """
     stage = engine.zero_optimization_stage()
+    if not state:
+        return
     if stage > 0:
         _make_room(engine, steps=max(float(value) for key, value in state.items() if key.endswith(f"/{STEP}")))
     for name, parameter in _trained(engine):
@@ -56,8 +59,10 @@ def _trained(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, nn.Parame
 def _state_of(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter) -> Mapping[str, torch.Tensor]:
     if engine.zero_optimization_stage() == 0:
         return engine.optimizer.state.get(parameter, {})
-    # ZeRO steps flat stretches of all parameters together, so one count is that of all.
-    counted = next(iter(engine.optimizer.optimizer.state.values()))[STEP]
+    flat = engine.optimizer.optimizer.state
+    if not flat:
+        return {}
+    counted = next(iter(flat.values()))[STEP]  # ZeRO steps flat stretches of all parameters together, so it is that of all
     return {**{key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}, STEP: counted}
 
 

@@ -7,13 +7,14 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from errno import ENOENT
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from lifealign.errors import UserError
 from lifealign.runtime import distributed
 from lifealign.runtime.files import copy_file, read_json_lines, write_bytes
 from lifealign.runtime.options import SinkName, TrackingMode, TrackingOptions
@@ -24,7 +25,11 @@ log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Appends rows to ``metrics.jsonl`` and tells the chosen sinks; does nothing on ranks other than 0."""
+    """Appends rows to ``metrics.jsonl`` and tells the chosen sinks; does nothing on ranks other than 0.
+
+    Raises:
+        UserError: on every rank, where a sink cannot be had.
+    """
 
     def __init__(self, options: TrackingOptions, folder: Path, config: Mapping[str, Any]) -> None:
         self._file: TextIO | None = None
@@ -34,11 +39,11 @@ class Tracker:
         self._factors: list[Row] = []  # consolidated so far, of the stage that is being consolidated
         self._log_adapter = options.log_adapter
         self.failure: OSError | None = None  # the first that was met in writing; rank 0 goes on until all ranks learn of it
-        if not distributed.is_main():
-            return
-        self._path = folder / "metrics.jsonl"
-        self._open()
-        self._sinks = _make_sinks(options, folder, config)
+        with distributed.failing_together(UserError):  # wandb is asked on rank 0 alone
+            if distributed.is_main():
+                self._path = folder / "metrics.jsonl"
+                self._open()
+                self._sinks = _make_sinks(options, folder, config)
 
     @property
     def shows(self) -> bool:
@@ -82,23 +87,27 @@ class Tracker:
 
     def picture(self, name: str, png: bytes) -> None:
         """Show a picture; ``name`` stays the same from task to task."""
-        for sink in self._sinks:
-            sink.picture(self._step, name, png)
+        self._show(lambda sink: sink.picture(self._step, name, png))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Show a table of numbers, texts and None."""
-        for sink in self._sinks:
-            sink.table(self._step, name, columns, rows)
+        self._show(lambda sink: sink.table(self._step, name, columns, rows))
 
     def curves(self, tasks_trained: int, values: Mapping[str, float]) -> None:
         """A point of series over the number of tasks trained so far, by the names of the series."""
-        for sink in self._sinks:
-            sink.curves(self._step, tasks_trained, values)
+        self._show(lambda sink: sink.curves(self._step, tasks_trained, values))
 
     def histogram(self, name: str, values: Sequence[float]) -> None:
         """Show how values are distributed; the same ``name`` each time makes a history of it."""
-        for sink in self._sinks:
-            sink.histogram(self._step, name, values)
+        self._show(lambda sink: sink.histogram(self._step, name, values))
+
+    def _show(self, what: Callable[[Sink], None]) -> None:
+        """As :meth:`log` does, of what is no row."""
+        try:
+            for sink in self._sinks if self.failure is None else ():
+                what(sink)
+        except OSError as error:
+            self.failure = error
 
     def adapter(self, folder: Path) -> None:
         """Keep the adapter with the run, where ``tracking.log_adapter`` asks for it."""

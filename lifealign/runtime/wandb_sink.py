@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lifealign.errors import UserError, library_line
 from lifealign.runtime.files import read_json, write_json
 from lifealign.runtime.options import TrackingOptions
 from lifealign.runtime.sinks import Row, Sink, consolidation_means, factor_name, series
@@ -47,17 +48,23 @@ class WandbSink(Sink):
         self._placed = PLACE not in os.environ
         if self._placed:
             os.environ[PLACE] = str((folder / "wandb").resolve())
-        self._run = wandb.init(
-            mode=options.mode.value,
-            project=options.project,
-            group=options.group,
-            name=folder.name,
-            id=read_json(kept)["wandb_id"],
-            resume="allow",  # offline too: without it `wandb sync` lets the part of a resumed run replace the earlier one
-            dir=str(folder),
-            config=dict(config),
-            settings=wandb.Settings(console="off", silent=True),
-        )
+        try:
+            self._run = wandb.init(
+                mode=options.mode.value,
+                project=options.project,
+                group=options.group,
+                name=folder.name,
+                id=read_json(kept)["wandb_id"],
+                resume="allow",  # offline too: without it `wandb sync` lets the part of a resumed run replace the earlier one
+                dir=str(folder),
+                config=dict(config),
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except wandb.Error as error:  # no key, no network, no such project
+            raise UserError(
+                f"tracking.mode={options.mode.value}: wandb could not begin a run ({library_line(error)}); "
+                "tracking.mode=offline keeps it in the run directory"
+            ) from error
         for axis in (STEP, TASKS):
             self._run.define_metric(axis, hidden=True)
         for name in OVER_STEPS:

@@ -18,7 +18,7 @@ from lifealign.config import differences
 from lifealign.errors import UserError
 from lifealign.evaluation.scores import ScoreBook
 from lifealign.run import consolidation_summary
-from lifealign.runtime.files import read_json, read_json_lines
+from lifealign.runtime.files import numbered_folders, read_json, read_json_lines
 from lifealign.study.grid import Cell
 from lifealign.study.record import Record, is_finished, keep, newest_state, read_kept, read_kept_tensors, read_record
 from lifealign.study.statistics import is_learned
@@ -181,7 +181,9 @@ def result_of_run(cell: Cell, record: Record) -> Result:
 def read_predictions(folder: Path) -> Predictions:
     """Of a run; empty where it kept none."""
     found: Predictions = []
-    for path in sorted((folder / "tasks").glob("*/predictions.jsonl")):
+    for path in (task / "predictions.jsonl" for task in numbered_folders(folder / "tasks")):
+        if not path.exists():
+            continue
         by_task = defaultdict(list)
         for row in read_json_lines(path):
             by_task[row["task"]].append(row)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lifealign.errors import DIVERGED
 from lifealign.runtime.files import write_json
 from lifealign.study.grid import Cell, Grid, Scales, composed, learning_rates, merged
 from lifealign.study.record import is_finished, read_record
@@ -99,4 +100,4 @@ def choose(grid: Grid) -> Scales:
 def _has_ended(cell: Cell) -> bool:
     """Whether a run has come to its end, or to one that another attempt will not change: a loss that is no number."""
     record = read_record(cell)
-    return record is not None and record.exit_code is not None and record.exit_code >= 0
+    return record is not None and record.exit_code in (0, DIVERGED)

@@ -54,13 +54,13 @@ def _show(*what: RenderableType) -> None:
 
 def _task_table(tasks: Sequence[Task], data: DataOptions) -> Table:
     table = Table(title="Tasks")
-    for name in ("task", "train", "held out", "dropped", "longest row (tokens)", "pairs at a limit"):
+    for name in ("task", "train", "held out", "of them seen prompts", "dropped", "longest row (tokens)", "pairs at a limit"):
         table.add_column(name, justify="left" if name == "task" else "right")
     for task in tasks:
         pairs = [*task.train, *task.test]
         longest = max(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
         at_limit = sum(_at_limit(pair, data) for pair in pairs)
-        counts = len(task.train), len(task.test), sum(task.dropped.values()), longest, at_limit
+        counts = len(task.train), len(task.test), task.seen_prompts, sum(task.dropped.values()), longest, at_limit
         table.add_row(task.name, *map(str, counts))
     return table
 

@@ -50,7 +50,7 @@ class Judge:
         """
         result: JudgeResult | None = None
         with StopSignals() as signals:  # on all ranks: a launcher tells all, and none may be missing when rank 0 has ended
-            with distributed.failing_together(UserError, Interrupted):
+            with distributed.failing_together(UserError, Interrupted), distributed.waiting_for_main():
                 if distributed.is_main():
                     result = self._grade_here(task, items)
             result, received = distributed.broadcast_object(result), signals.anywhere()
