@@ -1,6 +1,7 @@
 # make install   .venv with everything; make train and make test do it first
 # make train     the default run: six bundled domains, a few minutes on two cores
 # make test      the tests; make test-all adds those marked slow
+# make lint      ruff, with the rules of pyproject.toml
 # make soak      runs that are killed and damaged and must come to the same end, for MINUTES=10
 # make audit     known vulnerabilities of what is installed, where the database of them can be reached
 PYTHON ?= python3

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 import tempfile
 import time
@@ -284,8 +285,9 @@ def one_line(error: Exception) -> str:
     if isinstance(error, (UserError, *FAILURES)):
         return str(error)
     cause: BaseException = error
-    while isinstance(cause, HydraException) and cause.__cause__ is not None:
-        cause = cause.__cause__
+    # Of what goes wrong as presets are put together, Hydra names the file, and leaves the reason to the context.
+    while isinstance(cause, HydraException) and (inner := cause.__cause__ or cause.__context__) is not None:
+        cause = inner
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         hint = did_you_mean(name, error.options or [])
@@ -298,7 +300,8 @@ def one_line(error: Exception) -> str:
         return yaml_line(error)
     first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     if isinstance(error, ConfigCompositionException) or isinstance(cause, OmegaConfBaseException):
-        return _composition_line(error, cause, first)
+        preset = re.match(r"In '([^']+)'", first)
+        return _composition_line(error, cause, first) + (f" (in {preset[1]}.yaml)" if preset else "")
     return first
 
 

@@ -1,4 +1,4 @@
-"""The sequences and data presets compose against the schema."""
+"""The sequences, the data presets and those of the paper compose against the schema."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
+from support import compose_config
 
+from lifealign.config import build
 from lifealign.data.options import Columns, DataOptions, HubSource, SequenceOptions, TaskSource
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -83,3 +85,20 @@ def test_example_of_the_docs() -> None:
             "jokes": TaskSource("humour", hub=HubSource("me/jokes", eval_split=None)),
         },
     )
+
+
+@pytest.mark.parametrize("preset", ["paper_qwen2_5_7b", "paper_mistral_7b", "paper_llama3_1_8b"])
+@pytest.mark.parametrize(
+    "words", [[], ["strategy=seqft", "objective=dpo"], ["strategy=er", "objective=dpo"], ["objective=dpo"], ["strategy=er"]]
+)
+def test_baselines_and_ablations_go_with_the_papers_presets(preset: str, words: list[str]) -> None:
+    """Those of the README; what they share with LifeAlign has the paper's values."""
+    config = build(compose_config("+sequence=six_domains", f"experiment={preset}", *words))
+    assert (config.sft.lr, config.preference.lr, config.sft.batch_size) == (1e-4, 5e-6, 64)
+    assert config.objective.beta == 0.1
+    if "objective=dpo" not in words:
+        assert config.objective.gamma == 2
+    if "strategy=seqft" not in words:
+        assert (config.strategy.buffer_size, config.strategy.buffer_fraction) == (3000, 0.2)
+    if not any(word.startswith("strategy") for word in words):
+        assert (config.strategy.denoise_energy, config.strategy.projection_scale) == (0.9, 0.5)

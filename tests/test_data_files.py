@@ -59,9 +59,14 @@ def test_parquet(tmp_path: Path) -> None:
     assert (rows.items, rows.split, rows.where(2)) == (ROWS, "dev", f"{path}, row 3")
     datasets.Dataset.from_list(ROWS[:1]).to_parquet(path)
     assert read_rows(path).items == ROWS[:1]  # nothing is remembered of the file before
+    packed = tmp_path / "train.parquet.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert (read_rows(packed).items, read_rows(packed).source) == (ROWS[:1], str(packed))
     path.write_text("not parquet")
-    with pytest.raises(UserError, match=r"dev.parquet: not a Parquet file"):
-        read_rows(path)
+    packed.write_bytes(gzip.compress(b"not parquet"))
+    for bad in (path, packed):
+        with pytest.raises(UserError, match=rf"^{bad}: not a Parquet file"):
+            read_rows(bad)
 
 
 def test_unreadable_files_name_file_and_line(tmp_path: Path) -> None:

@@ -79,6 +79,23 @@ def test_a_misspelt_key_is_named_with_the_nearest_that_exists(override: str, nam
     assert f"did you mean '{fix}" in line
 
 
+@pytest.mark.parametrize(
+    ("preset", "content", "named", "fix"),
+    [
+        ("model/mine", "path: x\ndtyp: float32\n", "model.dtyp", "model.dtype"),
+        ("experiment/mine", "# @package _global_\nsft:\n  lrr: 1.0\n", "sft.lrr", "sft.lr"),
+    ],
+)
+def test_a_misspelt_key_of_a_preset_is_named_with_its_file(
+    preset: str, content: str, named: str, fix: str, tmp_path: Path
+) -> None:
+    file = tmp_path / f"{preset}.yaml"
+    file.parent.mkdir()
+    file.write_text(content)
+    said = mistake(f"--config-dir={tmp_path}", SEQUENCE, preset.replace("/", "="))
+    assert said == f"'{named}' is no key of the configuration; did you mean '{fix}'? (in {preset}.yaml)"
+
+
 def test_a_misspelt_sequence_alone() -> None:
     assert mistake("+sequnce=six_domains") == "'sequnce' is no key of the configuration; did you mean 'sequence'?"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import tempfile
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -18,7 +19,7 @@ from lifealign.errors import UserError, did_you_mean, library_line
 MOST_EXPANDED, ANYWAY = 100, 64 << 20
 """How many times its size a packed file may unpack to, and bytes that any may: text packs ten times, a bomb a thousand."""
 
-EXTENSIONS = (".json", ".jsonl", ".parquet", ".json.gz", ".jsonl.gz")
+EXTENSIONS = (".json", ".jsonl", ".parquet", ".json.gz", ".jsonl.gz", ".parquet.gz")
 
 
 def task_folders(root: Path) -> list[str]:
@@ -62,6 +63,8 @@ def read_rows(path: Path) -> Rows:
     lines: list[int] | None = None
     if extension == "parquet":
         items = read_parquet(path)
+    elif extension == "parquet.gz":
+        items = _read_packed_parquet(path)
     elif extension.startswith("jsonl"):
         items, lines = _read_jsonl(path)
     else:
@@ -75,18 +78,34 @@ def read_rows(path: Path) -> Rows:
     return rows
 
 
+def _read_packed_parquet(path: Path) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        unpacked = Path(folder) / path.stem
+        unpacked.write_bytes(_read_bytes(path))
+        try:
+            return read_parquet(unpacked)
+        except UserError as error:
+            raise UserError(str(error).replace(str(unpacked), str(path))) from error
+
+
 def _candidates(folder: Path, split: str) -> list[Path]:
     return [path for extension in EXTENSIONS if (path := folder / f"{split}{extension}").is_file()]
 
 
 def _read_text(path: Path) -> str:
     try:
-        raw = path.read_bytes()
-        return (_decompressed(path, raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: not a gzip file ({error}); compress it again or drop the .gz") from error
+        return _read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    """What a file holds, unpacked where it is packed."""
+    try:
+        raw = path.read_bytes()
+        return _decompressed(path, raw) if path.suffix == ".gz" else raw
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: not a gzip file ({error}); compress it again or drop the .gz") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
