@@ -94,6 +94,14 @@ def test_runs_rank_by_the_first_metric_and_each_metric_has_its_direction(three: 
     assert [comparison.figure(comparison.first, "preference_accuracy", f) for f in ("last", "bwt", "ap")] == [100, 0, 100]
 
 
+def test_bounds_come_last_and_are_not_the_best(tmp_path: Path) -> None:
+    bound = write_run(tmp_path / "bound", GOOD, strategy={"name": "stl"})
+    other = write_run(tmp_path / "other", POOR, strategy={"name": "er"})
+    found = Comparison(read_runs([bound, other])[0])
+    assert [run.name for run in found.ranked] == ["other", "bound"] and found.first.name == "other"
+    assert found.places("preference_accuracy", "last") == {"other": 1}
+
+
 def test_among_equal_runs_the_next_metric_decides(tmp_path: Path) -> None:
     worse, better = write_run(tmp_path / "a", GOOD, nll=3.0), write_run(tmp_path / "b", GOOD, nll=2.0)
     assert [run.name for run in compared([worse, better]).ranked] == ["b", "a"]

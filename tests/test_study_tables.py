@@ -45,10 +45,20 @@ def test_learned_is_above_chance_by_the_binomial_test() -> None:
 
 
 def test_the_interval_of_seeds_alone() -> None:
-    """Differences 0 and 2: a draw of two seeds has mean 0, 1 or 2, and 0 and 2 a quarter of the time each."""
-    assert bootstrap([np.array([[0.0], [2.0]])]) == (1.0, 0.0, 2.0)
-    assert bootstrap([np.array([[3.0], [3.0]])]) == (3.0, 3.0, 3.0)
+    """Of four there is none. Of forty its width is that of the normal one, with the sample variance."""
     assert bootstrap([np.array([[3.0]])]) == (3.0, None, None)
+    assert bootstrap([np.array([[0.0], [2.0], [1.0], [1.0]])]) == (1.0, None, None)
+    assert bootstrap([np.full((5, 1), 3.0)]) == pytest.approx((3.0, 3.0, 3.0))
+    values = np.random.default_rng(0).normal(size=(40, 1))
+    interval = bootstrap([values])
+    assert interval.low is not None and interval.high is not None
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * math.sqrt(values.var(ddof=1) / 40), rel=0.06)
+
+
+def test_few_seeds_are_drawn_as_far_apart_as_they_are() -> None:
+    """Two seeds at -1 and 1, each pair alike: draws have a mean of -1, 0 or 1, which vary by 1/2 where 1 is right."""
+    interval = bootstrap([np.array([[-1.0] * 9, [1.0] * 9])])
+    assert interval == pytest.approx((0.0, -math.sqrt(2), math.sqrt(2)))
 
 
 def test_with_one_seed_the_pairs_are_drawn() -> None:
@@ -57,20 +67,21 @@ def test_with_one_seed_the_pairs_are_drawn() -> None:
 
 
 def test_seeds_and_pairs_are_crossed() -> None:
-    """d[s, p] = a[s] + b[p] has a bootstrap variance of var(a)/S + var(b)/P: with nested or independent draws of pairs for
-    each seed the second term would be var(b)/(S P). 1.96 deviations to each side are the normal interval."""
+    """d[s, p] = a[s] + b[p] has a bootstrap variance of var(a)/S + var(b)/P, the first with S - 1: with nested or independent
+    draws of pairs for each seed the second term would be var(b)/(S P). 1.96 deviations to each side are the normal interval."""
     generator = np.random.default_rng(0)
     a, b = generator.normal(size=40), 3 * generator.normal(size=60)
     interval = bootstrap([a[:, None] + b])
-    wanted = 2 * 1.96 * math.sqrt(a.var() / 40 + b.var() / 60)
+    wanted = 2 * 1.96 * math.sqrt(a.var(ddof=1) / 40 + b.var() / 60)
     assert interval.low is not None and interval.high is not None
     assert interval.high - interval.low == pytest.approx(wanted, rel=0.06)
     assert interval.mean == pytest.approx(a.mean() + b.mean())
 
 
 def test_an_interval_excludes_zero_on_either_side() -> None:
-    assert bootstrap([np.array([[1.0], [2.0]])]).excludes_zero and bootstrap([np.array([[-1.0], [-2.0]])]).excludes_zero
-    assert not bootstrap([np.array([[-1.0], [2.0]])]).excludes_zero and not bootstrap([np.array([[9.0]])]).excludes_zero
+    five = np.array([[1.0], [2.0], [1.0], [2.0], [1.0]])
+    assert bootstrap([five]).excludes_zero and bootstrap([-five]).excludes_zero
+    assert not bootstrap([five - 1.5]).excludes_zero and not bootstrap([np.array([[9.0]])]).excludes_zero
 
 
 def test_best_and_second_best() -> None:
@@ -168,8 +179,10 @@ def test_bwt_over_learned_tasks(results: list[Result]) -> None:
     write_cell(cell, [[[1] * 10], [[1] * 7 + [-1] * 3, [2, 2]]])
     (longer,) = read_results([cell])
     assert longer.learned == [True]
-    assert longer.bwt_learned("preference_accuracy") == pytest.approx(-30.0)
-    assert longer.bwt_learned("rouge_l") == 0.0
+    assert longer.value("preference_accuracy", "bwt_learned") == pytest.approx(-30.0)
+    assert longer.value("rouge_l", "bwt_learned") == longer.value("text_mean", "bwt_learned") == 0.0
+    (found,) = [v for m, f, v in figures(longer) if f == "tasks_learned"]
+    assert found == 1
 
 
 def test_joint_training_has_a_last_row_alone(results: list[Result]) -> None:
@@ -192,7 +205,7 @@ def test_a_model_that_stays_in_use_is_scored_once(study: Grid) -> None:
     )
     (result,) = read_results([cell])
     assert result.margins(1, 0).tolist() == [1, 1, -1, 1]
-    parts = result.pair_parts("preference_accuracy", "last")
+    parts = result.parts("preference_accuracy", "last")
     assert parts is not None and [part.mean() for part in parts] == [37.5, 25.0]
 
 
@@ -205,10 +218,10 @@ def test_pair_values_of_the_continuous_metrics(results: list[Result]) -> None:
                 value = {"reward_margin": float, "mean_log_sigmoid": lambda r: -math.log1p(math.exp(-r))}[metric]
                 result.book.record(metric, after, on, float(np.mean([value(r) for r in margins])))
         for figure in ("last", "bwt", "ap"):
-            parts = result.pair_parts(metric, figure)
+            parts = result.parts(metric, figure)
             assert parts is not None
             assert sum(part.mean() for part in parts) == pytest.approx(result.book.figures(metric)[figure])
-    assert result.pair_parts("chosen_nll", "last") is None
+    assert result.parts("chosen_nll", "last") is None
 
 
 def test_unequal_budgets_make_no_table(study: Grid, results: list[Result]) -> None:
@@ -303,17 +316,49 @@ def table_of(study: Grid, results: list[Result]) -> Table:
 def test_differences_are_paired_by_seed_and_pair(study: Grid, results: list[Result]) -> None:
     """LifeAlign minus ER: Last 12.5 and 37.5, in the mean 25. With seed 0, pair 2 of `instruct` and all of `hc3` are equal.
 
-    The least that a draw can give is 0, where no pair is drawn on which they differ; a BWT of 0 and 25 has 12.5."""
+    A BWT of 0 and 25 has 12.5."""
     table = table_of(study, results)
     last, bwt = (table.difference("lifealign", "er", "preference_accuracy", figure) for figure in ("last", "bwt"))
     assert last is not None and bwt is not None
     assert last.mean == pytest.approx(25.0) and bwt.mean == pytest.approx(12.5)
-    assert last.low is not None and last.high is not None and 0 <= last.low < 25 < last.high <= 100
+    assert last.low is not None and last.high is not None
+    assert last.low < 12.5 and last.high > 37.5  # further than the seeds, for two are few
     nll = table.difference("lifealign", "er", "chosen_nll", "last")
-    assert nll == (0.0, 0.0, 0.0)
+    assert nll == (0.0, None, None)  # two seeds alone
     assert table.difference("lifealign", "mtl", "preference_accuracy", "bwt") is None  # mtl has none
     one = table.difference("lifealign", "mtl", "rouge_l", "last")
     assert one == (0.0, None, None)  # one seed in common, and no values of pairs
+
+
+def test_bwt_over_learned_tasks_is_compared_over_those_that_both_learned(study: Grid, results: list[Result]) -> None:
+    """Ten pairs of ten are learned, and fall to nine and to seven: a difference of 20. Two pairs are learned by neither."""
+    for result, wrong in zip(results[:3:2], (3, 1), strict=True):  # er and lifealign, seed 0
+        result.cell.kept.unlink()
+        write_cell(result.cell, [[[1] * 10], [[1] * (10 - wrong) + [-1] * wrong, [2, 2]]])
+    again = read_results(study.cells({}))
+    both = [result for result in again if result.cell.seed == 0 and result.cell.method != "mtl"]
+    found = table_of(study, both).difference("lifealign", "er", "preference_accuracy", "bwt_learned")
+    assert found is not None and found.mean == pytest.approx(20.0)
+    assert found.low is not None and found.high is not None and found.low < 20 < found.high  # of the ten pairs
+    write_cell(replace(both[0].cell, folder=both[0].cell.folder / "x"), [[[1] * 3 + [-1] * 7], [[1] * 10, [2, 2]]])
+    (unlearned,) = read_results([replace(both[0].cell, folder=both[0].cell.folder / "x")])
+    assert table_of(study, [unlearned, both[1]]).difference("lifealign", "er", "preference_accuracy", "bwt_learned") is None
+
+
+def test_held_out_rows_that_come_twice_are_drawn_once(study: Grid, results: list[Result]) -> None:
+    """Twice the same pairs: what they add to a difference is of one draw, and varies by more than that of two draws."""
+    for result, margins in zip(results[:3:2], ([1, -1] * 20, [1, 1] * 20), strict=True):
+        result.cell.kept.unlink()
+        write_cell(result.cell, [[margins], [margins, margins]])
+    both = [result for result in read_results(study.cells({})) if result.cell.seed == 0 and result.cell.method != "mtl"]
+    apart = table_of(study, both)
+    widths = []
+    for table in (apart, replace(apart, owners={"hc3": "instruct"})):
+        found = table.difference("lifealign", "er", "preference_accuracy", "last")
+        assert found is not None and found.low is not None and found.high is not None
+        assert found.mean == pytest.approx(50.0)
+        widths.append(found.high - found.low)
+    assert widths[1] / widths[0] == pytest.approx(math.sqrt(2), rel=0.15)
 
 
 def test_the_csv_is_tidy(study: Grid, results: list[Result]) -> None:
@@ -327,17 +372,18 @@ def test_the_csv_is_tidy(study: Grid, results: list[Result]) -> None:
 def test_the_page(study: Grid, results: list[Result]) -> None:
     """Last of ER: 75 and 62.5, mean 68.75, deviation 12.5/sqrt 2 = 8.84, error 6.25. MTL is better and not ranked."""
     facts = Facts("python x", ["Commit abc, 2025-01-01, a machine"], 5, 6, ["er, seed 0: exit code 1: `so it goes`"])
-    task = {"task": "instruct", "train": 8, "held_out": 4, "cues": {"more_questions": 50.0}}
+    task = {"task": "instruct", "train": 8, "held_out": 4, "seen_prompts": 3, "cues": {"more_questions": 50.0}}
     tuned = {"method": "seqft", "regime": "any", "variants": [["er", "twenty"]], "scores": {"1": {}}, "chosen": None}
     text = page(study, facts, [table_of(study, results)], [tuned], [task], ["picture.png"])
     assert "- Commit abc, 2025-01-01, a machine\n- 2 cells at once" in text
     assert "**5 of 6 cells finished**" in text and "so it goes" in text and "![picture.png](picture.png)" in text
-    assert "| ER | *68.75 ± 8.84 (6.25)* | *-25.00 ± 0.00 (0.00)* | – | *78.12 ± 4.42 (3.12)* | 2 |" in text
-    assert "| LifeAlign | **93.75 ± 8.84 (6.25)** | **-12.50 ± 17.68 (12.50)** | – | **96.88 ± 4.42 (3.12)** | 2 |" in text
-    assert "| MTL | 100.00 | – | – | – | 1 |" in text
+    assert "| ER | *68.75 ± 8.84 (6.25)* | *-25.00 ± 0.00 (0.00)* | – | *78.12 ± 4.42 (3.12)* | 0.0 | 2 |" in text
+    assert "| LifeAlign | **93.75 ± 8.84 (6.25)** | **-12.50 ± 17.68 (12.50)** | – | **96.88 ± 4.42 (3.12)** | 0.0" in text
+    assert "| MTL | 100.00 | – | – | – | – | 1 |" in text
+    assert "- Text metrics: answers to all prompts of a task, cut at 64 tokens, beside whole references" in text
     assert "### Chosen NLL (nats/token) ↓" in text and "2.5000 ± 0.0000 (0.0000)" in text
     assert "| ER | 10.50 ± 0.71 (0.50) | 32.22 | 0.00 ± 0.00 (0.00) | -4.46 | 10.50 ± 0.71 (0.50) | 35.63 |" in text
-    assert "| ER | 10 | 500 | 12 |" in text and "| instruct | 8 | 4 | 50.0 |" in text
+    assert "| ER | 10 | 500 | 12 |" in text and "| instruct | 8 | 4 | 3 | 50.0 |" in text
     assert "Learning rates" not in text  # tuning is switched off
 
 
@@ -359,5 +405,6 @@ def test_a_sweep_is_a_line_over_its_values(tmp_path: Path) -> None:
     write_cell(cells["lambda_0"], MARGINS["er", 0])
     (table,) = tables(grid, *(lambda found: (tidy("s", found), found))(read_results(grid.cells({}))))
     axes = draw_sweep(grid, [table], "lambda", options.sweeps["lambda"], "preference_accuracy").axes[0]
-    assert np.array_equal(axes.lines[0].get_ydata(), [75.0, np.nan, 87.5, np.nan, np.nan], equal_nan=True)
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "0.25", "0.5", "0.75", "1.0"]
+    assert axes.lines[0].get_ydata().tolist() == [75.0, 87.5]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "0.5"]
+    assert draw_sweep(grid, [table], "gamma", options.sweeps["gamma"], "preference_accuracy") is None  # one value alone

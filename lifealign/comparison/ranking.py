@@ -47,7 +47,7 @@ class Comparison:
 
     @cached_property
     def ranked(self) -> list[Run]:
-        """Best first: by Last of the first metric that all runs have; among equal ones, by the next."""
+        """Best first: by Last of the first metric that all runs have; among equal ones, by the next. Bounds come last."""
         shared = [m for m in self.metrics if all(m in run.result.book.metrics for run in self.runs)]
 
         def merit(run: Run) -> list[float]:
@@ -55,7 +55,7 @@ class Comparison:
             lasts = {metric: self.figure(run, metric, "last") for metric in shared}
             return [float("-inf") if lasts[m] is None else signs[m] * lasts[m] for m in shared]  # type: ignore[operator]
 
-        return sorted(self.runs, key=merit, reverse=True)
+        return sorted(self.runs, key=lambda run: (not is_bound(run), merit(run)), reverse=True)
 
     @cached_property
     def first(self) -> Run:
@@ -68,8 +68,8 @@ class Comparison:
         return book.figures(metric)[figure] if metric in book.metrics else None
 
     def places(self, metric: str, figure: str) -> dict[str, int]:
-        """1 and 2 by the name of the best and second best runs."""
-        known = {run.name: self.figure(run, metric, figure) for run in self.runs}
+        """1 and 2 by the name of the best and second best runs, bounds left out."""
+        known = {run.name: self.figure(run, metric, figure) for run in self.runs if not is_bound(run)}
         values = {name: value for name, value in known.items() if value is not None}
         return places(values, higher_is_better=metric_info(metric).higher_is_better)
 
@@ -94,7 +94,9 @@ class Comparison:
         ]
         frame = pd.DataFrame(rows, columns=["method", "seed", "metric", "figure", "value"]).astype({"value": float})
         results = {(run.name, SEED): run.result for run in self.runs}
-        return Table(self.runs[0].result.cell.sequence, ANY, frame, results)
+        sources = self.runs[0].settings.get("sequence", {}).get("sources", {})
+        owners = {task: source["of"] for task, source in sources.items() if source.get("of") is not None}
+        return Table(self.runs[0].result.cell.sequence, ANY, frame, results, owners)
 
     @cached_property
     def differing(self) -> dict[str, dict[str, Any]]:
@@ -137,6 +139,12 @@ class Comparison:
                 found |= {f"last:{t}": v for t, v in zip(run.tasks, run.result.book.matrix(metric)[-1], strict=True)}
                 rows += [{**own, "metric": metric, "figure": figure, "value": value} for figure, value in found.items()]
         return pd.DataFrame(rows)
+
+
+def is_bound(run: Run) -> bool:
+    """Whether a run is no sequence of tasks, but a model a task (STL) or all tasks at once (MTL): of what it cannot forget it
+    is not the best."""
+    return run.settings.get("strategy", {}).get("name") in ("stl", "mtl")
 
 
 def _unequal(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from lifealign.evaluation.scores import format_score, metric_info
 from lifealign.study.compare import Table
 from lifealign.study.grid import ANY, Grid
 from lifealign.study.paper import TABLES
-from lifealign.study.results import SLMC_FIGURES, STEP_FIGURES
+from lifealign.study.results import SELECTOR, SLMC_FIGURES, STEP_FIGURES
 from lifealign.study.statistics import Summary, places
 from lifealign.study.table import (
     COST,
@@ -31,12 +31,13 @@ COSTS = {"wall_seconds": "Wall clock (s)", "peak_memory_mib": "Peak memory (MiB)
 HOW_TO_READ = """\
 Cells are mean ± standard deviation over seeds, with the standard error in brackets; **bold** is the best mean of a column and
 *italics* the second best, upper bounds and rows without a figure left out. ↓: lower is better, and a positive BWT is then
-forgetting. *BWT, learned tasks* counts only tasks whose accuracy after their own training was above 50 % by a one-sided
-binomial test at 5 % in that cell. Differences come with 95 % percentile bootstrap intervals, paired: seeds are drawn anew,
-and for accuracy, mean log σ(r) and margin the held-out pairs within each task too, for other metrics and for BWT over
-learned tasks seeds alone. With few seeds such intervals are too narrow. † marks those that exclude 0; with as many
-differences as there are here, some do by chance. Methods that a buffer does not concern stand in every regime's table with
-the same cells. Wall clock includes start-up and evaluation, with the number of cells at once given above."""
+forgetting. *BWT, learned tasks* is over the tasks whose accuracy after their own training was above 50 % by a one-sided
+binomial test at 5 % in that cell, *Learned* in number; so methods are seen over tasks of their own, and differences are over
+those that both learned. For accuracy, mean log σ(r) and margin, differences come with 95 % percentile bootstrap intervals,
+paired: seeds are drawn anew, and the held-out pairs within each task. With few seeds such intervals are too narrow. For other
+metrics only seeds could be drawn, so there is an interval where there are five or more. † marks those that exclude 0; with as
+many differences as there are here, some do by chance. Methods that a buffer does not concern stand in every regime's table
+with the same cells. Wall clock includes start-up and evaluation, with the number of cells at once given above."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,18 @@ def _top(grid: Grid, facts: Facts) -> Iterator[str]:
         (
             *(f"- {origin}" for origin in facts.origins),
             f"- {grid.options.parallel} cells at once",
+            f"- Text metrics: {_generation(grid)}",
             f"- **{facts.finished} of {facts.planned} cells finished**; seeds {', '.join(map(str, grid.options.seeds))}",
         )
     )
     if facts.troubles:
         yield "\n".join(["Not finished, and tried again by the next call:", "", *(f"- {line}" for line in facts.troubles)])
+
+
+def _generation(grid: Grid) -> str:
+    options = next(iter(grid.configs.values())).evaluation
+    prompts = "all prompts" if options.max_generations is None else f"the first {options.max_generations} prompts"
+    return f"answers to {prompts} of a task, cut at {options.max_new_tokens} tokens, beside whole references"
 
 
 def _section(grid: Grid, table: Table) -> Iterator[str]:
@@ -128,9 +136,10 @@ def _scores(grid: Grid, table: Table, metric: str) -> str:
         ranked = {m: s.mean for m, s in summaries.items() if s is not None and grid.options.methods[m].ranked}
         order = places(ranked, higher_is_better=higher)
         columns.append([_marked(_spread(summaries[method], decimals(metric)), order.get(method)) for method in methods])
+    learned = [_mean(table.summary(method, SELECTOR, "tasks_learned"), 1) for method in methods]
     seeds = [str(sum(of == method for of, _ in table.results)) for method in methods]
-    rows = zip([_shown(grid, method) for method in methods], *columns, seeds, strict=True)
-    return markdown(["Method", *FIGURES.values(), "Seeds"], rows)
+    rows = zip([_shown(grid, method) for method in methods], *columns, learned, seeds, strict=True)
+    return markdown(["Method", *FIGURES.values(), "Learned", "Seeds"], rows)
 
 
 def _spread(summary: Summary | None, places: int) -> str:
@@ -138,6 +147,10 @@ def _spread(summary: Summary | None, places: int) -> str:
         return DASH
     mean, deviation, error = (format_score(value, places) for value in summary[:3])
     return mean if summary.seeds == 1 else f"{mean} ± {deviation} ({error})"
+
+
+def _mean(summary: Summary | None, places: int) -> str:
+    return format_score(summary.mean if summary else None, places)
 
 
 def _marked(text: str, place: int | None) -> str:
@@ -176,7 +189,7 @@ def _means(grid: Grid, table: Table, metric: str, heads: Mapping[str, str], deci
     rows = []
     for method in _present(grid, table):
         summaries = [table.summary(method, metric, figure) for figure in heads]
-        rows.append([_shown(grid, method), *(format_score(s.mean if s else None, decimals) for s in summaries)])
+        rows.append([_shown(grid, method), *(_mean(summary, decimals) for summary in summaries)])
     return markdown(["Method", *heads.values()], rows)
 
 
@@ -210,8 +223,10 @@ def _tasks(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     rows = []
     for task in tasks:
         scores = [format_score(task["cues"][cue], 1) for cue in cues]
-        rows.append([task["task"], str(task["train"]), str(task["held_out"]), *scores])
-    yield markdown(["Task", "Training pairs", "Held-out pairs", *(cue.replace("_", " ") for cue in cues)], rows)
+        sizes = [str(task.get(size, DASH)) for size in ("train", "held_out", "seen_prompts")]
+        rows.append([task["task"], *sizes, *scores])
+    heads = ["Training pairs", "Held-out pairs", "Of them with a prompt of training"]
+    yield markdown(["Task", *heads, *(cue.replace("_", " ") for cue in cues)], rows)
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Iterable[str]]) -> str:

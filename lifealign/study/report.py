@@ -62,12 +62,14 @@ def _pictures(grid: Grid, found: Sequence[Table]) -> list[str]:
         for metric in metrics(with_cells[0].frame) if with_cells else ():
             drawn = {f"methods_{sequence}_{metric}.png": draw_methods(grid, with_cells, metric)}
             for name, sweep in grid.options.sweeps.items():
-                if not any(method.startswith(f"{name}_") for method in grid.methods):
-                    continue  # study.only leaves it out
-                drawn[f"{name}_{sequence}_{metric}.png"] = draw_sweep(grid, with_cells, name, sweep, metric)
+                if (figure := draw_sweep(grid, with_cells, name, sweep, metric)) is not None:
+                    drawn[f"{name}_{sequence}_{metric}.png"] = figure
             for name, figure in drawn.items():
                 write_bytes(grid.options.folder / name, png(figure))
             names += drawn
+    kinds = ("methods", *grid.options.sweeps)
+    for stale in (path for kind in kinds for path in grid.options.folder.glob(f"{kind}_*.png") if path.name not in names):
+        stale.unlink()  # of cells that are no longer asked for
     return names
 
 
@@ -122,5 +124,5 @@ def _tasks(folder: Path, results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def _task(task: Task) -> dict[str, Any]:
-    sizes = {"train": len(task.train), "held_out": len(task.test)}
+    sizes = {"train": len(task.train), "held_out": len(task.test), "seen_prompts": task.seen_prompts}
     return {"task": task.name, **sizes, "cues": cue_accuracies(task.test)}

@@ -26,6 +26,9 @@ from lifealign.study.statistics import is_learned
 SELECTOR = "preference_accuracy"
 """The metric that says whether a task was learned."""
 
+TEXT_MEAN, IN_TEXT_MEAN = "text_mean", ("bleu4_char", "rouge_l", "judge")
+"""The paper's tables hold the mean of these three; ours of those that were scored."""
+
 PAIR_VALUES = {
     "preference_accuracy": lambda margins: 100.0 * (margins > 0),
     "reward_margin": lambda margins: margins,
@@ -83,35 +86,62 @@ class Result:
         matrix, last = self.book.matrix(SELECTOR), len(self.book.tasks) - 1
         return [is_learned(float(matrix[j][j] or 0.0), len(self.margins(last, j))) for j in range(last)]
 
-    def bwt_learned(self, metric: str) -> float | None:
-        """BWT over the tasks that were learned at all; None where none was, or nothing is known of it."""
+    def value(self, metric: str, figure: str, among: Sequence[int] | None = None) -> float | None:
+        """Last, BWT or AP of a metric, or ``bwt_learned``, BWT over the tasks that were learned at all; None where unknown.
+
+        Args:
+            among: numbers of the tasks that ``bwt_learned`` is over; None: those that this cell learned.
+        """
+        if metric == TEXT_MEAN:
+            found = [self.value(name, figure, among) for name in self.text_metrics]
+            return None if not found or None in found else float(np.mean(found))  # type: ignore[arg-type]
+        if metric not in self.book.metrics:
+            return None
+        if figure != "bwt_learned":
+            return self.book.figures(metric)[figure]
+        among = self.learned_tasks if among is None else among
         matrix = self.book.matrix(metric)
-        changes = [(matrix[-1][j], matrix[j][j]) for j, learned in enumerate(self.learned) if learned]
+        changes = [(matrix[-1][j], matrix[j][j]) for j in among]
         if not changes or any(value is None for pair in changes for value in pair):
             return None
         return float(np.mean([end - start for end, start in changes]))  # type: ignore[operator]
 
-    def pair_parts(self, metric: str, figure: str) -> list[np.ndarray] | None:
-        """A figure as a sum over tasks of means over pairs: (pairs,) a task. None where it is no such sum, or unknown."""
-        if metric not in PAIR_VALUES or self.book.figures(metric).get(figure) is None:
+    @property
+    def text_metrics(self) -> list[str]:
+        """Those that ``text_mean`` is the mean of."""
+        return [name for name in IN_TEXT_MEAN if name in self.book.metrics]
+
+    @property
+    def learned_tasks(self) -> list[int]:
+        return [task for task, learned in enumerate(self.learned) if learned]
+
+    def parts(self, metric: str, figure: str, among: Sequence[int] | None = None) -> list[np.ndarray] | None:
+        """A figure as a sum over tasks of means over pairs: (pairs,) a task. None where it is no such sum, or unknown.
+
+        Args:
+            among: as in :meth:`value`.
+        """
+        known = self.value(metric, figure, among)
+        if metric not in PAIR_VALUES or known is None:
             return None
         tasks = len(self.book.tasks)
         parts = [np.zeros(len(self.margins(tasks - 1, task))) for task in range(tasks)]
-        for (after, on), weight in figure_weights(figure, tasks).items():
+        for (after, on), weight in figure_weights(figure, tasks, self.learned_tasks if among is None else among).items():
             parts[on] = parts[on] + weight * PAIR_VALUES[metric](self.margins(after, on).astype(np.float64))
         total, size = sum(part.mean() for part in parts), sum(np.abs(part).mean() for part in parts)
-        assert abs(total - self.book.figures(metric)[figure]) < 1e-6 * max(1.0, size), (self.cell, metric, figure)
+        assert abs(total - known) < 1e-6 * max(1.0, size), (self.cell, metric, figure)
         return parts
 
 
-def figure_weights(figure: str, tasks: int) -> dict[tuple[int, int], float]:
+def figure_weights(figure: str, tasks: int, learned: Sequence[int] = ()) -> dict[tuple[int, int], float]:
     """Weights w of the score matrix m with figure = Σ w[i, j] m[i][j]; (i, j) from 0 (docs/method.md, Scores)."""
     last = tasks - 1
     if figure == "last":
         return {(last, j): 1 / tasks for j in range(tasks)}
-    if figure == "bwt":
-        kept = {(last, j): 1 / last for j in range(last)}
-        return kept | {(j, j): -1 / last for j in range(last)}
+    if figure in ("bwt", "bwt_learned"):
+        over = range(last) if figure == "bwt" else learned
+        kept = {(last, j): 1 / len(over) for j in over}
+        return kept | {(j, j): -1 / len(over) for j in over}
     assert figure == "ap", figure
     return {(k, j): 1 / (tasks * (k + 1)) for k in range(tasks) for j in range(k + 1)}
 

@@ -12,6 +12,9 @@ from scipy.stats import binom
 
 DRAWS = 2000
 LEVEL = 0.95
+FEWEST_SEEDS = 5
+"""Of fewer seeds alone no interval is made: with three, a draw is thrice the worst of them too often for 2.5 %."""
+
 SIGNIFICANCE = 0.05
 
 
@@ -42,7 +45,7 @@ def is_learned(accuracy: float, pairs: int) -> bool:
 
 
 class Interval(NamedTuple):
-    """A mean difference and its percentile bootstrap interval; no interval where there is nothing to resample."""
+    """A mean difference and its percentile bootstrap interval; no interval where there is too little to resample."""
 
     mean: float
     low: float | None
@@ -57,8 +60,8 @@ def bootstrap(differences: Sequence[np.ndarray]) -> Interval:
     """The interval of a mean over seeds of a sum over tasks of means over pairs, with seeds and pairs drawn anew.
 
     A draw takes seeds with replacement, and within each task pairs with replacement, the same pairs for every seed: seeds
-    share their held-out pairs, so the two are crossed (Owen, 2007, The pigeonhole bootstrap). The draws are the same
-    in every call.
+    share their held-out pairs, so the two are crossed (Owen, 2007, The pigeonhole bootstrap). Means of n drawn seeds vary
+    by (n - 1) / n too little, which is made good. The draws are the same in every call.
 
     Args:
         differences: for each task (seeds, pairs) float64 differences between two methods, seed by seed and pair by pair.
@@ -66,9 +69,11 @@ def bootstrap(differences: Sequence[np.ndarray]) -> Interval:
     """
     mean = sum(float(task.mean()) for task in differences)
     seeds = differences[0].shape[0]
-    if seeds == 1 and all(task.shape[1] == 1 for task in differences):
+    if seeds < FEWEST_SEEDS and all(task.shape[1] == 1 for task in differences):
         return Interval(mean, None, None)
     of_seeds = _weights(seeds, 0)
+    if seeds > 1:
+        of_seeds = 1 / seeds + math.sqrt(seeds / (seeds - 1)) * (of_seeds - 1 / seeds)
     totals = np.zeros(DRAWS)
     for number, task in enumerate(differences, start=1):
         totals += np.einsum("bp,bp->b", of_seeds @ task, _weights(task.shape[1], number))

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import pandas as pd
 
 from lifealign.evaluation.scores import format_score, metric_info
 from lifealign.study.grid import ANY
-from lifealign.study.results import Result
+from lifealign.study.results import SELECTOR, TEXT_MEAN, Result
 from lifealign.study.statistics import Interval
 
 COLUMNS = ("study", "method", "regime", "sequence", "seed", "metric", "figure", "value")
 FIGURES = {"last": "Last", "bwt": "BWT", "bwt_learned": "BWT, learned tasks", "ap": "AP"}
-COST, TEXT, LOGS, STABILITY = "cost", "text_mean", "logs", "stability"
+COST, LOGS, STABILITY = "cost", "logs", "stability"
 NO_SCORES = (COST, LOGS, STABILITY)
-IN_TEXT_MEAN = ("bleu4_char", "rouge_l", "judge")
-"""The paper's tables hold the mean of these three; ours of those that were scored."""
 
 DASH = "–"
 
@@ -32,29 +29,17 @@ def tidy(study: str, results: Sequence[Result]) -> pd.DataFrame:
 
 def figures(result: Result) -> Iterator[tuple[str, str, float | None]]:
     """(metric, figure, value) of a cell."""
-    by_metric = {name: _continual(result, name) for name in result.book.metrics}
-    in_mean = [by_metric[name] for name in IN_TEXT_MEAN if name in by_metric]
-    if in_mean:
-        by_metric[TEXT] = {figure: _mean([of[figure] for of in in_mean]) for figure in FIGURES}
-    for metric, of in by_metric.items():
-        yield from ((metric, figure, value) for figure, value in of.items())
+    for metric in [*result.book.metrics, *([TEXT_MEAN] if result.text_metrics else [])]:
+        yield from ((metric, figure, result.value(metric, figure)) for figure in FIGURES)
     for name in result.book.metrics:
         for task, value in zip(result.book.tasks, result.book.matrix(name)[-1], strict=True):
             yield name, f"last:{task}", value
+    yield SELECTOR, "tasks_learned", float(len(result.learned_tasks)) if result.learned else None
     yield COST, "wall_seconds", result.record.wall_seconds
     yield COST, "peak_memory_mib", result.record.peak_memory_mib
     yield COST, "steps", result.record.steps
     yield from ((LOGS, figure, value) for figure, value in result.logs.items())
     yield from ((STABILITY, figure, value) for figure, value in (result.stability or {}).items())
-
-
-def _continual(result: Result, metric: str) -> dict[str, float | None]:
-    known = result.book.figures(metric) | {"bwt_learned": result.bwt_learned(metric)}
-    return {figure: known[figure] for figure in FIGURES}
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    return None if any(value is None for value in values) else float(np.mean(values))  # type: ignore[arg-type]
 
 
 def of_table(frame: pd.DataFrame, sequence: str, regime: str) -> pd.DataFrame:
@@ -75,8 +60,8 @@ def metrics(frame: pd.DataFrame) -> list[str]:
 
 def label(metric: str) -> str:
     """A metric's name with its unit and direction."""
-    if metric == TEXT:
-        return "Mean of the text metrics (0–100)"
+    if metric == TEXT_MEAN:
+        return "Mean of BLEU-4 over characters, ROUGE-L and, where scored, the judge (0–100)"
     info = metric_info(metric)
     return info.label if info.higher_is_better else f"{info.label} ↓"
 
