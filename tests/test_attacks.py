@@ -27,6 +27,8 @@ from lifealign import memory_command
 from lifealign.assets import TINY_MODEL
 from lifealign.command import hydra_command
 from lifealign.errors import UserError
+from lifealign.evaluation.judge.answers import Item, judge_answers
+from lifealign.evaluation.judge.options import JudgeOptions
 from lifealign.models.loading import load_base, load_tokenizer
 from lifealign.models.options import ModelOptions
 from lifealign.run import train
@@ -269,6 +271,21 @@ def test_code_of_a_model_is_not_run(file: str, model: Path, pwned: Path) -> None
         change(model / file, tokenizer_class="Tokenizer", auto_map=OF_THE_MODEL)
         change(model / "config.json", model_type="evil")
     refused(say_yes(model), "model.trust_remote_code=true")
+    assert not pwned.exists()
+
+
+@pytest.mark.parametrize("kind", ["code", "pickle"])
+def test_nothing_of_a_judge_is_run(kind: str, model: Path, pwned: Path, tmp_path: Path) -> None:
+    if kind == "code":
+        (model / "evil.py").write_text(f"import pathlib; pathlib.Path({str(pwned)!r}).touch()")
+        change(model / "config.json", model_type="evil", auto_map=OF_THE_MODEL)
+        change(model / "tokenizer_config.json", tokenizer_class="Tokenizer", auto_map=OF_THE_MODEL)
+    else:
+        (model / "model.safetensors").unlink()
+        (model / "pytorch_model.bin").write_bytes(pickled(pwned, by_torch=True))
+    options = JudgeOptions(local=str(model))
+    with mock.patch("builtins.input", return_value="y"), pytest.raises(UserError, match=r"evaluation\.judge\.local="):
+        judge_answers(options, [Item("q", "a")], task="instruct", folder=tmp_path / "judge")
     assert not pwned.exists()
 
 

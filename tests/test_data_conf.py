@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -14,6 +15,9 @@ from support import compose_config
 
 from lifealign.config import build
 from lifealign.data.options import Columns, DataOptions, HubSource, SequenceOptions, TaskSource
+from lifealign.data.rows import Rows
+from lifealign.data.rules import read_preferences
+from lifealign.strategies.gem import Gradients
 
 CONF = Path(__file__).parents[1] / "conf"
 TASKS = ["instruct", "hc3", "hh_harmless", "hh_helpful", "safe_rlhf", "truthfulqa"]
@@ -102,3 +106,58 @@ def test_baselines_and_ablations_go_with_the_papers_presets(preset: str, words: 
         assert (config.strategy.buffer_size, config.strategy.buffer_fraction) == (3000, 0.2)
     if not any(word.startswith("strategy") for word in words):
         assert (config.strategy.denoise_energy, config.strategy.projection_scale) == (0.9, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("preset", "path"),
+    [
+        ("paper_qwen2_5_7b", "Qwen/Qwen2.5-7B-Instruct"),
+        ("paper_mistral_7b", "mistralai/Mistral-7B-Instruct-v0.3"),
+        ("paper_llama3_1_8b", "meta-llama/Llama-3.1-8B-Instruct"),
+    ],
+)
+def test_the_papers_presets_have_its_models_and_epochs(preset: str, path: str) -> None:
+    config = build(compose_config("+sequence=six_domains", f"experiment={preset}"))
+    assert (config.model.path, config.sft.epochs, config.preference.epochs) == (path, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("preset", "values"),
+    [
+        ("gem_released", {"margin": 0.1, "gradients": Gradients.stored}),
+        ("l2p_released", {"top_k": 3}),
+        ("olora_released", {"orthogonality": 0.1, "l2": 0.01}),
+    ],
+)
+def test_released_presets_are_as_their_page_says(preset: str, values: dict[str, Any]) -> None:
+    strategy = build(compose_config("+sequence=six_domains", f"strategy={preset}")).strategy
+    assert {key: getattr(strategy, key) for key in values} == values
+
+
+QUESTION = {"role": "user", "content": "q"}
+GOOD, BAD = ([QUESTION, {"role": "assistant", "content": text}] for text in ("good", "bad"))
+HH = {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"}
+PUBLIC = {
+    "instruct": ({"source": "x", "chosen": GOOD, "rejected": BAD}, "bad"),
+    "hc3": ({"id": "0", "question": "q", "human_answers": ["", "good"], "chatgpt_answers": ["bad", "x"]}, "bad"),
+    "hh_harmless": (HH, "bad"),
+    "hh_helpful": (HH, "bad"),
+    "safe_rlhf": (
+        {"prompt": "q", "response_0": "bad", "response_1": "good", "better_response_id": 0, "safer_response_id": 1},
+        "bad",
+    ),
+    "truthfulqa": (
+        {"question": "q", "best_answer": "good", "correct_answers": ["fine"], "incorrect_answers": ["bad", "worse"]},
+        "bad; worse",
+    ),
+}
+"""A row as each of the public data sets has them, in which one answer is better, and the rejected text."""
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_of_public_rows_the_better_answer_is_the_chosen_one(task: str) -> None:
+    source, (row, rejected) = composed("+sequence=six_domains").sequence.sources[task], PUBLIC[task]
+    assert source.hub is not None
+    columns = source.hub.columns or source.columns
+    (found,), _ = read_preferences(Rows(task, "train", [row], range(1)), task, columns, max_empty=1.0)
+    assert ([*found.prompt], found.chosen, found.rejected) == ([QUESTION], "good", rejected)

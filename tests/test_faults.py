@@ -11,11 +11,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from safetensors.torch import load_file
+from endings import differences
 from support import QUICK, REPOSITORY, train_here
 
 from lifealign.errors import StorageFailed, UserError
@@ -47,18 +46,8 @@ def wait_for_steps(folder: Path, count: int, process: subprocess.Popen[str]) -> 
     raise AssertionError(f"no {count} steps within two minutes")
 
 
-def outcome(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
-    """Final adapter, losses and scores."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    losses = [{k: row[k] for k in ("step", "loss", "lr", "grad_norm")} for row in lines if row["kind"] == "step"]
-    return load_file(folder / "adapter" / "adapter_model.safetensors"), losses, (folder / "scores.json").read_text()
-
-
 def assert_same(folder: Path, expected: Path) -> None:
-    (adapter, losses, scores), (expected_adapter, expected_losses, expected_scores) = outcome(folder), outcome(expected)
-    assert all(adapter[name].equal(expected_adapter[name]) for name in expected_adapter)
-    assert losses == expected_losses
-    assert scores == expected_scores
+    assert differences(folder, expected) == []
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +55,33 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert start(folder).wait(timeout=250) == 0
     return folder
+
+
+def test_a_second_signal_after_a_while_ends_the_process_at_once() -> None:
+    """One that comes at once is the same request: launchers send several."""
+    code = "\n".join(
+        (
+            "import time",
+            "from lifealign.runtime import signals",
+            "assert signals.AGAIN_SECONDS == 5",
+            "signals.AGAIN_SECONDS = 1.0",
+            "with signals.StopSignals():",
+            "    print('ready', flush=True)",
+            "    deadline = time.monotonic() + 60",
+            "    while time.monotonic() < deadline:",
+            "        time.sleep(0.1)",
+        )
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert process.poll() is None
+        time.sleep(1.0)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])

@@ -13,6 +13,7 @@ import time
 from email.utils import formatdate
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -235,14 +236,30 @@ def test_what_retry_after_may_say() -> None:
     assert _seconds("86400") == _seconds("inf") == 600  # what asks for a day is asked again in ten minutes
 
 
-def test_waits_double_and_are_jittered(tmp_path: Path) -> None:
-    """With 0.1 s of back-off the waits lie in [0.05, 0.1], [0.1, 0.2] and [0.2, 0.4] seconds; two items do not wait alike."""
+def test_waits_double_up_to_a_minute_and_are_jittered() -> None:
+    """Of the longest wait at least a half, drawn at random; and on top of what the endpoint asks for."""
+    from lifealign.evaluation.judge.client import Endpoint, Passing
+
+    endpoint = Endpoint(JudgeOptions(base_url="http://h/v1", model="m", backoff=0.1), Budget(None))
+
+    def wait(attempt: int, asked: float = 0.0) -> float:
+        outcome = SimpleNamespace(exception=lambda: Passing("x", asked))
+        return endpoint._wait(SimpleNamespace(outcome=outcome, attempt_number=attempt))
+
+    for attempt, most in ((1, 0.1), (2, 0.2), (3, 0.4), (11, 60.0), (40, 60.0)):
+        drawn = [wait(attempt) for _ in range(200)]
+        assert most / 2 <= min(drawn) < 0.6 * most and 0.9 * most < max(drawn) <= most
+    assert 7.05 <= wait(1, asked=7.0) <= 7.1
+    endpoint.close()
+
+
+def test_waits_are_waited(tmp_path: Path) -> None:
+    """With 0.1 s of back-off at least 0.05, 0.1 and 0.2 seconds."""
     with JudgeStub(lambda _: ["500"] * 3) as stub:
         assert judged(stub, tmp_path, 2, backoff=0.1).failed == 0
     waits = [[b - a for a, b in zip(stub.times[item(n)], stub.times[item(n)][1:], strict=False)] for n in (0, 1)]
     for own in waits:
         assert all(wait >= least for wait, least in zip(own, (0.05, 0.1, 0.2), strict=True))
-    assert waits[0] != waits[1]
 
 
 # How much is asked

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import compose_config, train_here
+from test_export import export
 from torch.nn.functional import cosine_similarity
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -329,6 +330,10 @@ def test_a_run_leaves_the_adapter_alone_and_is_scored_again_alike(tmp_path: Path
     for metric in matrices[0]:
         ours, again = (torch.tensor(matrix[metric]["matrix"][1]) for matrix in matrices)
         torch.testing.assert_close(ours, again, rtol=1e-5, atol=1e-6)
+    for words in ((), ("--merge",)):  # an adapter without the prompts would be the bare base
+        ended = export(run, tmp_path / "out", *words)
+        assert (ended.code, ended.err.count("\n")) == (2, 1) and "trained more than LoRA" in ended.err
+        assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize(

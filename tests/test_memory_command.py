@@ -119,6 +119,16 @@ def test_list_has_a_line_a_stage(run: Path) -> None:
     for line, entry in zip(lines[1:], entries, strict=True):
         assert line.split()[:2] == [entry["task"], entry["stage"]]
         assert line.split()[-1] == entry["hashes"]["update"][:12]
+        norm, before, rank, kept, _, conflict, _ = line.split()[4:-1]
+        factors = entry["factors"]
+        energies = [factor["update_norm"] ** 2 for factor in factors]
+        left = [energy * factor["kept_energy"] for energy, factor in zip(energies, factors, strict=True)]
+        shared = sum(energy * factor["history_share"] for energy, factor in zip(left, factors, strict=True))
+        assert float(norm) ** 2 == pytest.approx(sum(factor["refined_norm"] ** 2 for factor in factors), rel=2e-3)
+        assert float(before) ** 2 == pytest.approx(sum(energies), rel=2e-3)
+        assert float(rank) == pytest.approx(sum(factor["kept_rank"] for factor in factors) / len(factors), abs=0.06)
+        assert float(kept) == pytest.approx(100 * sum(left) / sum(energies), abs=0.06)
+        assert float(conflict) == pytest.approx(100 * shared / sum(left), abs=0.06)
 
 
 def test_show_has_layers_and_pictures(run: Path, tmp_path: Path) -> None:
@@ -126,6 +136,8 @@ def test_show_has_layers_and_pictures(run: Path, tmp_path: Path) -> None:
     assert ended.code == 0
     assert "model.layers.0.self_attn.q_proj" in ended.out
     assert "hc3 +1.000" in ended.out
+    hashes = [digest for e in read_ledger(run / "memory") if e["task"] == "hc3" for digest in e["hashes"].values()]
+    assert len(hashes) == 8 and all(digest[:12] in ended.out for digest in hashes)
     for name in ("memory_conflict.png", "memory_spectrum_hc3.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 

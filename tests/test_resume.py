@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import support
-from safetensors.torch import load_file
+from endings import differences, rows
 
 import lifealign.runtime.timing
+from lifealign.command import hydra_command
 from lifealign.errors import UserError
 from lifealign.lifelong import Lifelong
+from lifealign.run import train
 from lifealign.runtime.checkpoint import newest_folder
 from lifealign.runtime.timing import Timing
 from lifealign.stages import StageOptions
-
-VARYING = ("pairs_per_second", "tokens_per_second")
 
 
 class Interrupted(Exception):
@@ -27,15 +27,6 @@ class Interrupted(Exception):
 def train_here(folder: Path, *overrides: str) -> Path:
     """A run with a cache of its own: what another run left there would be read, and so be logged, otherwise."""
     return support.train_here(folder, f"cache.dir={folder.parent / 'cache'}", *overrides)
-
-
-def rows(folder: Path) -> list[dict]:
-    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in VARYING} for row in logged]
-
-
-def adapter(folder: Path) -> dict:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +55,7 @@ def test_final_state_is_the_same_bit_for_bit(
         file.write('{"kind": "step", "step": 999}\n')
     train_here(tmp_path / "run")
 
-    expected, resumed = adapter(uninterrupted), adapter(tmp_path / "run")
-    assert expected.keys() == resumed.keys()
-    assert all(expected[name].equal(resumed[name]) for name in expected)
-    assert rows(tmp_path / "run") == rows(uninterrupted)
-    for file in ("scores.json", "tasks/02_hc3/predictions.jsonl"):
-        assert (tmp_path / "run" / file).read_text() == (uninterrupted / file).read_text()
+    assert differences(tmp_path / "run", uninterrupted) == []
 
 
 # Two tasks of two stages; 16 pairs, 8 a step, 2 epochs: four steps a stage, and one more a batch of replayed pairs.
@@ -101,11 +87,7 @@ def test_within_a_stage_bit_for_bit(
     assert "." in newest_folder(tmp_path / "run" / "checkpoints").name
     train_here(tmp_path / "run", *WITHIN)
 
-    expected, resumed = adapter(uninterrupted_with_dropout), adapter(tmp_path / "run")
-    assert all(expected[name].equal(resumed[name]) for name in expected)
-    assert rows(tmp_path / "run") == rows(uninterrupted_with_dropout)
-    for file in ("scores.json", "tasks/02_hc3/predictions.jsonl"):
-        assert (tmp_path / "run" / file).read_text() == (uninterrupted_with_dropout / file).read_text()
+    assert differences(tmp_path / "run", uninterrupted_with_dropout) == []
 
 
 def test_figures_that_wait_for_their_line_put_a_checkpoint_off(tmp_path: Path) -> None:
@@ -198,6 +180,17 @@ def test_other_settings_are_refused_and_force_accepts_them(uninterrupted: Path, 
 def test_never_refuses_a_directory_that_holds_a_run(uninterrupted: Path) -> None:
     with pytest.raises(UserError, match=r"holds a run already"):
         train_here(uninterrupted, "resume=never")
+
+
+def test_never_starts_over_beside_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("sequence.tasks=[instruct]", "data.max_train=8", "data.max_eval=4", "sft.epochs=0")
+    words = (*support.QUICK, *words, "evaluation.metrics=[chosen_nll]", "run.name=one", "resume=never")
+    for _ in range(3):
+        assert support.end_here(lambda: hydra_command(train), *words).code == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["one", "one-2", "one-3"]
+    steps = [[row["step"] for row in rows(folder) if row["kind"] == "step"] for folder in (tmp_path / "runs").iterdir()]
+    assert steps[0] and steps[0] == steps[1] == steps[2]
 
 
 def test_a_run_that_never_came_to_a_checkpoint_starts_over(

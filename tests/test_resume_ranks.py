@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from safetensors.torch import load_file
+from endings import differences
 from support import command, train_here
 
 from lifealign.command import without_local_rank
@@ -31,15 +31,15 @@ class Stopped(Exception):
     """Stands for whatever ends a run."""
 
 
-def run(folder: Path, stage: int, *, stop_at: tuple[int, str, int] | None = None) -> None:
+def run(folder: Path, stage: int, *more: str, stop_at: tuple[int, str, int] | None = None) -> None:
     """Train, or go on; with ``stop_at`` until a checkpoint in that task, phase and step is written."""
     settings = ("zero.settings.stage3_param_persistence_threshold=0",) if stage == 3 else ()
     with mock.patch.object(Lifelong, "_save_midway", _stopping(Lifelong._save_midway, stop_at)):
         if stop_at is None:
-            train_here(folder, *COMMON, f"zero={stage}", *settings)
+            train_here(folder, *COMMON, f"zero={stage}", *settings, *more)
             return
         with pytest.raises(Stopped):
-            train_here(folder, *COMMON, f"zero={stage}", *settings)
+            train_here(folder, *COMMON, f"zero={stage}", *settings, *more)
 
 
 def _stopping(save: Callable[..., None], stop_at: tuple[int, str, int] | None) -> Callable[..., None]:
@@ -52,16 +52,21 @@ def _stopping(save: Callable[..., None], stop_at: tuple[int, str, int] | None) -
 
 
 FIRST, SECOND = (0, "sft", 2), (1, "preference", 3)
+WENT_ON = (
+    "resumed at task 1, sft, from checkpoint 00000.000002",
+    "resumed at task 2, preference, from checkpoint 00004.000003",
+)
+DROPOUT = "model.lora.dropout=0.1"  # drawn anew by each rank, so that both must go on with their own draws
 
 if __name__ == "__main__":
     where, part, *stages = without_local_rank(sys.argv[1:])
     for zero_stage in map(int, stages):
         own = Path(where) / str(zero_stage)
         if part == "same":
-            run(own / "whole", zero_stage)
-            run(own / "resumed", zero_stage, stop_at=FIRST)
-            run(own / "resumed", zero_stage, stop_at=SECOND)
-            run(own / "resumed", zero_stage)
+            run(own / "whole", zero_stage, DROPOUT)
+            run(own / "resumed", zero_stage, DROPOUT, stop_at=FIRST)
+            run(own / "resumed", zero_stage, DROPOUT, stop_at=SECOND)
+            run(own / "resumed", zero_stage, DROPOUT)
         else:
             run(own, zero_stage, stop_at=SECOND)
     distributed.stop()
@@ -78,8 +83,10 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
     return [row for row in lines if row["kind"] == "step"]
 
 
-def adapter(folder: Path) -> dict[str, Any]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
+def went_on(folder: Path) -> bool:
+    """Whether a run was resumed at both stops, and not begun again."""
+    said = (folder / "run.log").read_text()
+    return all(said.count(line) == 1 for line in WENT_ON)
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +113,8 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_ranks_go_on_to_the_bit(stage: int, tmp_path: Path) -> None:
     in_two_ranks(tmp_path, "same", stage)
     whole, resumed = tmp_path / str(stage) / "whole", tmp_path / str(stage) / "resumed"
-    expected, found = adapter(whole), adapter(resumed)
-    assert all(found[name].equal(expected[name]) for name in expected)
-    for row, expected_row in zip(steps_of(resumed), steps_of(whole), strict=True):
-        for key in ("step", "loss", "lr", "grad_norm"):
-            assert row[key] == expected_row[key]
+    assert went_on(resumed)
+    assert differences(resumed, whole) == []
 
 
 @pytest.mark.slow
@@ -122,4 +126,4 @@ def test_another_number_of_ranks_goes_on_with_the_same_rows(stage: int, changing
     assert [row["lr"] for row in rows] == [row["lr"] for row in expected]
     for row, expected_row in zip(rows, expected, strict=True):
         assert row["loss"] == pytest.approx(expected_row["loss"], rel=1e-3)
-        assert row["tokens_per_second"] > 0
+    assert went_on(changing / str(stage))

@@ -32,6 +32,7 @@ from lifealign.models.scoring import ReferenceLogps
 from lifealign.objectives import FPO, PreferenceLoss
 from lifealign.runtime import distributed
 from lifealign.runtime.engine import deepspeed_config, training_engine
+from lifealign.runtime.optimizer import read_optimizer
 from lifealign.runtime.tracking import Tracker
 from lifealign.stages import PreferenceStage, SupervisedStage
 from lifealign.strategies import Context, Run, Seen, Strategy
@@ -94,6 +95,44 @@ def prepared(folder: Path, *overrides: str, stage: str = "preference", log_every
             log_every=log_every,
         )
         yield Prepared(trainer, task.train, folder)
+
+
+# -- what is skipped ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_a_skipped_step_leaves_weights_and_moments_and_nothing_for_the_next(
+    zero: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step after it ends where it would have ended, had the bad one never been met but by the schedule."""
+    usual, bad = FPO.__call__, [False]
+
+    def maybe(self: FPO, *arguments: torch.Tensor) -> PreferenceLoss:
+        result = usual(self, *arguments)
+        return result._replace(losses=result.losses * math.nan) if bad[0] else result
+
+    monkeypatch.setattr(FPO, "__call__", maybe)
+    ends = []
+    for name in ("skipped", "never met"):
+        with prepared(tmp_path / name, f"zero={zero}", "preference.max_skipped_steps=1") as made:
+            trainer, engine = made.trainer, made.trainer.engine
+            first, second, third = (trainer.collate(made.pairs[i : i + BATCH]) for i in range(0, PAIRS, BATCH))
+            engine.train()
+            trainer.step(first)
+            before, moments, rate = made.adapter(), read_optimizer(engine), engine.get_lr()
+            if name == "skipped":
+                bad[0] = True
+                assert math.isnan(trainer.step(second))
+                bad[0] = False
+                assert all(value.equal(before[factor]) for factor, value in made.adapter().items())
+                now = read_optimizer(engine)
+                assert moments and now.keys() == moments.keys() and all(now[key].equal(moments[key]) for key in moments)
+                assert engine.get_lr() != rate
+            else:
+                engine.lr_scheduler.step()
+            trainer.step(third)
+            ends.append(made.adapter())
+    assert all(value.equal(ends[1][factor]) for factor, value in ends[0].items())
 
 
 # -- what is logged ----------------------------------------------------------------------------------------------------

@@ -260,13 +260,15 @@ def test_joint_training_has_a_last_row_alone(whole: dict[str, Path]) -> None:
     assert entry["bwt"] is None
 
 
+WHOLE = {"ewc", "gem", "agem", "l2p", "olora", "cppo", "kl", "lwf"}
+"""Those that docs/strategies.md says refuse zero=3."""
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_partitioned_weights_are_refused_with_the_reason(name: str) -> None:
     composed = compose_config("+sequence=six_domains", f"strategy={name}", "zero=3")
-    reason = component("strategy", name).whole_parameters
-    if reason is None:
+    if name not in WHOLE:
         build(composed)
         return
-    with pytest.raises(UserError, match=rf"strategy={name} does not run with zero=3: .*zero=2") as caught:
+    with pytest.raises(UserError, match=rf"strategy={name} does not run with zero=3: .+; use zero=2"):
         build(composed)
-    assert reason in str(caught.value)

@@ -64,7 +64,7 @@ def estimate(config: Config, tasks: Sequence[Task], work: Sequence[TaskWork], ra
         base=int(base_bytes / (ranks if stage == 3 else 1)),
         adapter=int(factors * FLOAT32 * (1 + gradient + optimizer)),
         memory=memory,
-        disk=disk + (len(tasks) + 1 + config.checkpoint.keep) * factors * FLOAT32,
+        disk=2 * disk + (len(work) + 1 + config.checkpoint.keep) * factors * FLOAT32,  # checkpoints hold a copy of the ledger's
         operations=operations,
         rate=rate,
         seconds=operations / rate / ranks,
