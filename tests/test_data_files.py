@@ -89,7 +89,7 @@ def test_unreadable_files_name_file_and_line(tmp_path: Path) -> None:
 def test_a_task_is_a_folder_with_train_and_test_or_dev(tmp_path: Path) -> None:
     text = json.dumps(ROWS)
     write(tmp_path / "hc3/train.json", text)
-    with pytest.raises(UserError, match=r"has no test or dev file; looked for test.json, test.jsonl, .*dev.jsonl.gz$"):
+    with pytest.raises(UserError, match=r"has no test or dev file; looked for test.json, test.jsonl, .*dev.parquet.gz$"):
         read_task(tmp_path, "hc3")
     write(tmp_path / "hc3/dev.json", text)
     assert [rows.split for rows in read_task(tmp_path, "hc3")] == ["train", "dev"]
