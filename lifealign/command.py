@@ -34,6 +34,7 @@ from lifealign.data.options import SequenceOptions
 from lifealign.environment import prepare_process
 from lifealign.errors import (
     DIVERGED,
+    SIGNALLED,
     ConsolidationFailed,
     Interrupted,
     StorageFailed,
@@ -49,14 +50,11 @@ from lifealign.runtime.terminal import console
 FAILURES = (TrainingDiverged, ConsolidationFailed, StorageFailed, Interrupted)
 """What ends a run though the user made no mistake, and is told in one line."""
 
-KNOWN = (UserError, *FAILURES, HydraException, OmegaConfBaseException, yaml.YAMLError)
+KNOWN = (UserError, *FAILURES, PermissionError, HydraException, OmegaConfBaseException, yaml.YAMLError)
 """What is told in one line."""
 
-FREE_KEYS = ("zero.settings.", "sequence.sources.")
+FREE_KEYS = ("zero.settings.", "evaluation.judge.rubrics.")
 """Beginnings of keys that a user may add."""
-
-SIGNALLED = 128
-"""What shells add to the number of a signal that ended a command."""
 
 GRACE_SECONDS = 10.0
 """How long other ranks leave rank 0 to tell the user what is wrong: a launcher ends all ranks when the first one exits."""
@@ -75,17 +73,23 @@ class _SweepStopped(BaseException):
     """No further job may start; holds the exit code. Not an ``Exception``: Hydra keeps those of a job and starts the next."""
 
 
-def hydra_command(task: Callable[[DictConfig], object], after_sweep: AfterSweep | None = None) -> None:
+def hydra_command(
+    task: Callable[[DictConfig], object], after_sweep: AfterSweep | None = None, *, leaves_notes: bool = True
+) -> None:
     """Compose the configuration from ``sys.argv`` and call ``task`` with it, once, or once a job of a sweep.
 
-    A job of a sweep that fails leaves the jobs after it to run; the exit code tells of it.
+    A job of a sweep that fails leaves the jobs after it to run; the exit code tells of it. Without ``leaves_notes`` a sweep
+    is gone through and leaves nothing, so that one which was trained there keeps its notes.
     """
     with exit_codes() as codes:
         sys.argv = [sys.argv[0], *prepare_arguments(sys.argv[1:])]
+        if not leaves_notes:
+            sys.argv.append(f"hydra.sweep.dir={_nowhere()}")
         parser = get_args_parser()
         parser.error = _refuse_arguments  # type: ignore[method-assign]  as below
-        sweeping = parser.parse_args().multirun
-        keys = sweep.swept_keys(sys.argv[1:]) if sweeping else []
+        given = parser.parse_args()
+        sweeping = given.multirun
+        keys = sweep.swept_keys(given.overrides) if sweeping else []
         _refuse_processes_apart(sys.argv[1:])
         refuse_packages(sys.argv[1:])
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as they are
@@ -209,6 +213,7 @@ def prepare_arguments(arguments: Iterable[str]) -> list[str]:
 
     - launchers add ``--local_rank=N``, ``--local-rank=N`` or either with the number apart;
     - ``sequence`` is not in the defaults list, the other groups are: users need not know which takes a ``+``;
+    - nor which key is new to a mapping that may hold any, and so takes one, too;
     - Hydra takes overrides on one side of ``-m`` only;
     - ``zero=2`` would reach Hydra as a number, and presets have names;
     - what Hydra itself writes, ranks other than 0 write to a folder that nobody reads.
@@ -216,9 +221,13 @@ def prepare_arguments(arguments: Iterable[str]) -> list[str]:
     prepared = [_group_override(argument) for argument in without_local_rank(arguments)]
     prepared.sort(key=lambda argument: argument not in ("-m", "--multirun"))
     if not distributed.is_main():
-        nowhere = Path(tempfile.gettempdir()) / "lifealign-unread"
-        prepared += [f"hydra.run.dir={nowhere}", f"hydra.sweep.dir={nowhere}"]
+        prepared += [f"hydra.run.dir={_nowhere()}", f"hydra.sweep.dir={_nowhere()}"]
     return prepared
+
+
+def _nowhere() -> Path:
+    """A folder that nobody reads; each user of a machine has one."""
+    return Path(tempfile.gettempdir()) / f"lifealign-unread-{os.getuid()}"
 
 
 def without_local_rank(arguments: Iterable[str]) -> list[str]:
@@ -236,7 +245,9 @@ def without_local_rank(arguments: Iterable[str]) -> list[str]:
 
 
 def _group_override(argument: str) -> str:
-    """The one spelling of a group's override that Hydra takes; other arguments come back as they are."""
+    """The one spelling that Hydra takes of a group's override, or of a free key's; other arguments come back as they are."""
+    if argument.lstrip("+").startswith(FREE_KEYS):
+        return f"++{argument.lstrip('+')}"
     group, is_override, names = argument.removeprefix("+").partition("=")
     if not is_override or group not in group_names():
         return argument
@@ -310,10 +321,10 @@ def _composition_line(error: Exception, cause: BaseException, first: str) -> str
     key = getattr(cause, "full_key", None) or getattr(cause, "key", None)
     if "Missing mandatory value: sequence" in detail:
         return _no_sequence()
+    if str(key).startswith("sequence.sources.") or "TaskSource" in detail:
+        return "sequence.sources: a task is described in the YAML file of its sequence, such as conf/sequence/recurring.yaml"
     if "not in" in detail and str(key) in all_keys():
         return f"'{key}' is not an option of the {str(key).split('.')[0]} that was chosen"
-    if "not in" in detail and str(key).startswith(FREE_KEYS):
-        return f"'{key}' is new; add it with a plus sign: +{key}=VALUE"
     if "not in" in detail and key is not None:
         return f"'{key}' is no key of the configuration{did_you_mean(str(key), all_keys())}"
     if "No match in the defaults list" in first:

@@ -22,6 +22,10 @@ DIVERGED = 3
 """Exit status of a run whose training diverged: the same command would meet the same, which is not so of other failures."""
 
 
+SIGNALLED = 128
+"""What shells add to the number of a signal that ended a command."""
+
+
 class TrainingDiverged(RuntimeError):
     """The loss is no longer a number. Raised on every rank, before the optimiser has taken the step.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import platform
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from omegaconf import DictConfig
 
 from lifealign import sweep
 from lifealign.config import Config, build, resolved, run_name
-from lifealign.data.tasks import Task
+from lifealign.data.tasks import Task, seen_prompts
 from lifealign.errors import UserError, storage_failed
 from lifealign.evaluation.report import write_report
 from lifealign.evaluation.samples import read_changes
@@ -49,8 +48,8 @@ def train(composed: DictConfig) -> float | None:
     Returns:
         Last of the first of ``evaluation.metrics``: what a sweeper that searches goes by. None where there is none.
     """
-    started = time.perf_counter()
     config = build(composed)
+    config.tracking.check()
     distributed.start()
     settings = resolved(composed)
     with (
@@ -72,7 +71,6 @@ def train(composed: DictConfig) -> float | None:
             lifelong = Lifelong(config, folder, tracker, settings, signals)
             log_data(lifelong)
             lifelong.run()
-            lifelong.timing["total"] += time.perf_counter() - started
             if distributed.is_main():
                 try:
                     report(lifelong, settings)
@@ -85,9 +83,9 @@ def train(composed: DictConfig) -> float | None:
 
 
 def searched(config: Config, book: ScoreBook) -> float | None:
-    """Last of the first of ``evaluation.metrics``."""
+    """Last of the first of ``evaluation.metrics``; None where the run was not scored by it."""
     metrics = config.evaluation.metrics
-    return book.figures(metrics[0])["last"] if metrics else None
+    return book.figures(metrics[0])["last"] if metrics and metrics[0] in book.metrics else None
 
 
 @contextmanager
@@ -156,10 +154,10 @@ def _next_free(folder: Path) -> Path:
 
 
 def log_data(lifelong: Lifelong) -> None:
-    for task in lifelong.tasks:
+    for task, seen in zip(lifelong.tasks, seen_prompts(lifelong.tasks), strict=True):
         log.info("%s: %d training, %d held-out pairs; dropped: %s", task.name, len(task.train), len(task.test), _dropped(task))
-        if task.seen_prompts:
-            log.warning("%s: prompts of %d held-out pairs stand in training pairs, too", task.name, task.seen_prompts)
+        if seen:
+            log.warning("%s: prompts of %d held-out pairs stand in training pairs, too", task.name, seen)
 
 
 def _dropped(task: Task) -> str:
@@ -176,7 +174,7 @@ def report(lifelong: Lifelong, settings: Mapping[str, Any]) -> None:
         lifelong.book,
         data=data_summary(lifelong.tasks),
         config_yaml=yaml.safe_dump(dict(settings), sort_keys=False),
-        timing=dict(lifelong.timing),
+        timing=lifelong.timing.now(),
         changes=read_changes(lifelong.folder / "tasks"),
         consolidation=consolidation_summary(lifelong.folder),
         versions=versions(),
@@ -193,11 +191,11 @@ def data_summary(tasks: Sequence[Task]) -> list[dict[str, Any]]:
             "about": task.domain,
             "training pairs": len(task.train),
             "held-out pairs": len(task.test),
-            "with a prompt of a training pair": task.seen_prompts,
+            "with a prompt of a training pair": seen,
             "dropped": _dropped(task),
             "sha256": task.data_hash,
         }
-        for task in tasks
+        for task, seen in zip(tasks, seen_prompts(tasks), strict=True)
     ]
 
 

@@ -14,10 +14,9 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from lifealign.errors import UserError
+from lifealign.errors import SIGNALLED, UserError
 
 PR_SET_CHILD_SUBREAPER = 36  # of <linux/prctl.h>
-SIGNALLED = 128
 
 
 def supervise(command: Sequence[str]) -> int:

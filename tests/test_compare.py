@@ -116,12 +116,12 @@ def test_differences_are_paired_and_their_intervals_are_of_the_pairs(three: list
     four draws hits it with probability 0.316, all with 1/256, three or more with 13/256: from -75 to 0."""
     comparison = compared(three)
     good, fair, poor = comparison.ranked
-    assert comparison.difference(poor, "preference_accuracy", "last") == (-25.0, -50.0, 0.0)
-    assert comparison.difference(poor, "preference_accuracy", "bwt") == (-25.0, -75.0, 0.0)
-    assert comparison.difference(poor, "chosen_nll", "last") == (-2.0, None, None)
+    assert comparison.difference(poor, "preference_accuracy", "last") == (-25.0, -50.0, 0.0, 1)
+    assert comparison.difference(poor, "preference_accuracy", "bwt") == (-25.0, -75.0, 0.0, 1)
+    assert comparison.difference(poor, "chosen_nll", "last") == (-2.0, None, None, 1)
     last = comparison.difference(fair, "preference_accuracy", "last")
     assert last is not None and last.mean == -12.5
-    assert comparison.difference(good, "preference_accuracy", "last") == (0.0, 0.0, 0.0)
+    assert comparison.difference(good, "preference_accuracy", "last") == (0.0, 0.0, 0.0, 1)
     assert interval_text(comparison.difference(poor, "preference_accuracy", "last"), 2) == "-25.00 [-50.00, 0.00]"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lifealign.data.options import Columns, DataOptions, HubSource, SequenceOptions, TaskSource
-from lifealign.data.tasks import Task, load_tasks
-from lifealign.data.tokenize import Pair, PairTokenizer
+from lifealign.data.tasks import Task, load_tasks, seen_prompts
+from lifealign.data.tokenize import Pair, PairTokenizer, apply_template
 from lifealign.errors import UserError
 
 WORDS = [
@@ -210,7 +211,7 @@ def test_no_prompt_that_is_held_out_of_a_split_stays_in_training(
     held = {pair.prompt_text for pair in task.test}
     assert len(task.test) == 4 and len(task.train) == 40 - 5 * len(held)
     assert task.dropped["prompt is held out"] == 36 - len(task.train)
-    assert task.seen_prompts == 0
+    assert seen_prompts([task]) == [0]
     hub.eval_share = 0.9
     with pytest.raises(UserError, match="every prompt is held out, so nothing is left to train on"):
         load_tasks(sequence("sky", sky=TaskSource(hub=hub)), DataOptions(hub=True), tokenizer, tmp_path)
@@ -219,8 +220,12 @@ def test_no_prompt_that_is_held_out_of_a_split_stays_in_training(
 def test_held_out_pairs_whose_prompt_is_trained_on_are_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     write(tmp_path, "sky", [row(), row(prompt="is blue the sky")], "train")
     write(tmp_path, "sky", [row(chosen="very blue"), row(prompt="very black"), row()], "test")
-    (task,) = load_tasks(sequence("sky"), DataOptions(root=str(tmp_path)), tokenizer, tmp_path / "unused")
-    assert (len(task.train), len(task.test), task.seen_prompts) == (2, 3, 2)
+    write(tmp_path, "sea", [row(prompt="very black")], "train")
+    write(tmp_path, "sea", [row(prompt="very blue")], "test")
+    sky, sea = load_tasks(sequence("sky", "sea"), DataOptions(root=str(tmp_path)), tokenizer, tmp_path / "unused")
+    assert (len(sky.train), len(sky.test)) == (2, 3)
+    assert seen_prompts([sky]) == [2]
+    assert seen_prompts([sky, sea]) == [3, 0], "of whatever task: one model is trained on them all"
 
 
 @pytest.mark.parametrize(
@@ -428,3 +433,19 @@ def test_an_option_out_of_range_is_refused_by_its_key(option: dict[str, float]) 
     (key,) = option
     with pytest.raises(UserError, match=rf"^data\.{key}="):
         DataOptions(**option)
+
+
+def test_a_template_that_writes_the_day_writes_the_same_every_day(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The library would tell it today: rows would change at midnight, under a run and between those of a study."""
+    write(tmp_path, "sky", [row()], "train")
+    write(tmp_path, "sky", [row(prompt="is blue the sky")], "test")
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = "{{ strftime_now('%d %B %Y') }} " + str(tokenizer.chat_template)
+    (task,) = load_tasks(sequence("sky"), DataOptions(root=str(tmp_path)), dated, tmp_path / "unused")
+    text = apply_template(dated, [{"role": "user", "content": "sky"}], add_generation_prompt=True)
+    assert text == "26 July 2024 " + apply_template(tokenizer, [{"role": "user", "content": "sky"}], add_generation_prompt=True)
+    assert len(task.train[0].prompt) > len(_plain(tmp_path, tokenizer).train[0].prompt)
+
+
+def _plain(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Task:
+    return load_tasks(sequence("sky"), DataOptions(root=str(folder)), tokenizer, folder / "unused")[0]

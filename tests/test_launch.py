@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from support import QUICK, REPOSITORY, command, end_here, environment, launch, train_here
 
 from lifealign.command import hydra_command
-from lifealign.config import run_name
+from lifealign.config import build, run_name
 from lifealign.memory.bank import read_ledger
 from lifealign.run import train
 
@@ -192,18 +192,32 @@ def test_a_preset_whose_name_is_a_number(zero: str) -> None:
     assert composed_by("+sequence=six_domains", zero).zero.stage == 2
 
 
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_a_key_that_is_new_to_an_open_mapping_needs_no_plus(plus: str) -> None:
+    words = "zero.settings.overlap_comm=true", "evaluation.judge.rubrics.jokes=helpfulness"
+    config = build(composed_by("+sequence=six_domains", *(f"{plus}{word}" for word in words)))
+    assert config.zero.settings == {"overlap_comm": True} and config.evaluation.judge.rubrics == {"jokes": "helpfulness"}
+
+
 def test_a_sequence_is_chosen_with_and_without_plus() -> None:
     with_plus, without = composed_by("+sequence=six_domains"), composed_by("sequence=six_domains")
     assert with_plus == without
     assert run_name(with_plus) == run_name(without)
 
 
+ASKED_LESS = ["evaluation.judge.max_requests=5", "evaluation.judge.concurrency=1"]
+
+
 def test_how_a_run_is_kept_and_watched_does_not_change_its_name() -> None:
     names = {
         run_name(composed_by("+sequence=six_domains", *overrides))
-        for overrides in (["tracking.mode=disabled"], ["resume=force"], ["checkpoint.keep=1"], [])
+        for overrides in (["tracking.mode=disabled"], ["resume=force"], ["checkpoint.keep=1"], ASKED_LESS, [])
     }
     assert len(names) == 1
+    judge = ["evaluation.judge.base_url=http://localhost/v1", "evaluation.judge.model=one"]
+    other = ["evaluation.judge.base_url=http://localhost:9/v1", "evaluation.judge.model=one"]
+    found = [run_name(composed_by("+sequence=six_domains", *words)) for words in (judge, other)]
+    assert found[0] == found[1] not in names, "another judge is another run, and one at another address is not"
     assert run_name(composed_by("+sequence=six_domains", "seed=1")) not in names
 
 

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from support import REPOSITORY, command, end_here
 
 from lifealign.command import conf_dir, exit_codes
+from lifealign.config import resolved
 from lifealign.errors import DIVERGED, UserError
 from lifealign.evaluation.scores import ScoreBook
 from lifealign.runtime.files import read_json, write_json
@@ -55,6 +56,11 @@ def test_every_study_reads(name: str) -> None:
         (["study=main", "study.parallel=0"], "study.parallel=0"),
         (["study=main", "study.tuning.scales=[0,1]"], "study.tuning.scales=[0.0, 1.0]"),
         (["study=main", "study.only=[erx]"], "did you mean 'er'"),
+        (
+            ["study=main", "study.compared=lifealing"],
+            "there is no such method; did you mean 'lifealign'",
+        ),
+        (["study=main", "study.paper=mian"], "study.paper=mian: there is no such table; did you mean 'main'"),
         (["study=main", "study.only_regimes=[non]"], "did you mean 'none'"),
         (["study=main", "study.methods.er.tuned_as=nobody"], "study.methods.er.tuned_as=nobody"),
         (["study=main", "seed=3"], "study.seeds"),
@@ -134,6 +140,18 @@ def test_cells_that_differ_in_their_learning_rate_alone_are_counted_apart_unless
     assert small.planned(dict.fromkeys(places.values(), 1.0)) == 4
 
 
+def test_a_slice_is_of_a_task_of_the_first_sequence() -> None:
+    with pytest.raises(UserError, match=r"study\.tuning\.task=instrct: no task of the first sequence; did you mean 'instruct'"):
+        trials(grid("study.tuning.task=instrct"))
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for key in ("study.dir", "study.runs"):
+        with pytest.raises(UserError, match=rf"^{re.escape(key)}: .*file/here cannot be written \(Not a directory\)"):
+            study(["+study=main", f"study.dir={tmp_path}", f"{key}={tmp_path}/file/here"], tmp_path)
+
+
 def test_a_typo_in_what_is_passed_on_is_told_before_anything_starts(tmp_path: Path) -> None:
     def main() -> None:
         with exit_codes():
@@ -197,8 +215,7 @@ def test_no_rate_is_chosen_before_all_short_runs_have_ended(tmp_path: Path) -> N
         write_json(cell.folder / "cell.json", {"overrides": list(cell.overrides), "exit_code": code})
         write_json(cell.folder / "scores.json", book.to_json("seqft", "dpo", cell.seed))
         write_json(cell.folder / "checkpoints" / "00003" / "state.json", {"data": {"instruct": "hash"}, "steps": 3})
-        sizes = dict.fromkeys(("epochs", "batch_size", "micro_batch_size", "gradient_accumulation_steps"), 1)
-        write_json(cell.folder / "config.yaml", {"model": {"path": "base"}, "sft": sizes, "preference": sizes})
+        write_json(cell.folder / "config.yaml", resolved(next(iter(small.configs.values()))))
 
     def end(scale: float, code: int | None, score: float | None) -> None:
         """Of the two short runs one is always at its end, with a score 0.2 below."""
@@ -224,9 +241,11 @@ def test_no_rate_is_chosen_before_all_short_runs_have_ended(tmp_path: Path) -> N
 # -- runner ------------------------------------------------------------------------------------------------------------
 
 SCRIPT = """
-import os, pathlib, sys, time
+import os, pathlib, signal, sys, time
 folder = pathlib.Path(next(w for w in sys.argv if w.startswith("run.dir="))[9:-1].replace("\\\\'", "'"))
 words = dict(w.split("=", 1) for w in sys.argv[1:])
+if words["saves"]:
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 assert words["resume"] == "auto"
 log = open(pathlib.Path(words["log"]), "a")
 print("start", time.monotonic(), os.environ["OMP_NUM_THREADS"], file=log, flush=True)
@@ -249,8 +268,8 @@ class Bench:
         self.finished: Callable[[Cell], object] = self.kept.append
         self.script.write_text(SCRIPT)
 
-    def cell(self, number: int, sleep: float = 0.0, code: int = 0) -> Cell:
-        overrides = (f"log={self.log}", f"sleep={sleep}", f"code={code}")
+    def cell(self, number: int, sleep: float = 0.0, code: int = 0, saves: bool = False) -> Cell:
+        overrides = (f"log={self.log}", f"sleep={sleep}", f"code={code}", f"saves={'yes' if saves else ''}")
         return Cell("s", "m", ANY, number, self.folder / "cells, it's" / str(number), overrides)
 
     def run(self, cells: list[Cell], parallel: int = 2) -> Runner:
@@ -269,15 +288,22 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def test_a_failed_cell_stops_no_other_and_is_tried_again(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
-    cells = [bench.cell(0, code=3), bench.cell(1), bench.cell(2)]
+    cells = [bench.cell(0, code=1), bench.cell(1), bench.cell(2)]
     bench.run(cells, parallel=1)
-    assert [read_record(cell).exit_code for cell in cells] == [3, 0, 0]
-    assert "exit code 3: error: so it goes" in capfd.readouterr().out
+    assert [read_record(cell).exit_code for cell in cells] == [1, 0, 0]
+    assert "exit code 1: error: so it goes" in capfd.readouterr().out
     assert bench.kept == cells[1:]
     bench.run(cells, parallel=1)
     assert [read_record(cell).exit_code for cell in cells] == [0, 0, 0]
     assert [read_record(cell).attempts for cell in cells] == [2, 1, 1]
     assert len(bench.events()) == 2 * 4  # what was finished did not run again
+
+
+def test_a_cell_that_diverged_is_not_tried_again(bench: Bench) -> None:
+    cells = [bench.cell(0, code=DIVERGED), bench.cell(1)]
+    for _ in range(2):
+        bench.run(cells, parallel=1)
+    assert [read_record(cell).attempts for cell in cells] == [1, 1] and bench.kept == cells[1:]
 
 
 def test_results_that_cannot_be_written_end_no_other_cell(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
@@ -314,9 +340,13 @@ def test_the_record_holds_time_over_attempts_and_memory(bench: Bench) -> None:
     assert record.commit == commit(bench.folder) and record.machine == machine() and re.fullmatch(r"[\d-]{10}", record.date)
 
 
+@pytest.mark.parametrize("saves", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_cells_and_leaves_the_rest_to_the_next_call(bench: Bench, number: signal.Signals) -> None:
-    cells = [bench.cell(0), bench.cell(1, sleep=60), bench.cell(2)]
+def test_a_signal_ends_the_cells_and_leaves_the_rest_to_the_next_call(
+    bench: Bench, number: signal.Signals, saves: bool
+) -> None:
+    """Cells that die of it, and such as save and say so with their exit code, as runs do."""
+    cells = [bench.cell(0), bench.cell(1, sleep=60, saves=saves), bench.cell(2)]
 
     def interrupt() -> None:
         while len(bench.events()) < 3:  # the first has ended, the second has begun

@@ -25,7 +25,7 @@ from lifealign.study.record import check_settings, is_finished, read_record
 from lifealign.study.report import write_report
 from lifealign.study.results import Result, check_budget, figure_weights, read_results, result_of_run
 from lifealign.study.statistics import bootstrap, is_learned, places, summarise
-from lifealign.study.table import figures, tidy, values
+from lifealign.study.table import figures, interval_text, tidy, values
 
 # -- statistics --------------------------------------------------------------------------------------------------------
 
@@ -45,25 +45,38 @@ def test_learned_is_above_chance_by_the_binomial_test() -> None:
 
 
 def test_the_interval_of_seeds_alone() -> None:
-    """Of four there is none. Of forty its width is that of the normal one, with the sample variance."""
-    assert bootstrap([np.array([[3.0]])]) == (3.0, None, None)
-    assert bootstrap([np.array([[0.0], [2.0], [1.0], [1.0]])]) == (1.0, None, None)
-    assert bootstrap([np.full((5, 1), 3.0)]) == pytest.approx((3.0, 3.0, 3.0))
+    """Of four there is none. Of forty its width is that of Student's t, 2.0227 deviations to each side."""
+    assert bootstrap([np.array([[3.0]])]) == (3.0, None, None, 1)
+    assert bootstrap([np.array([[0.0], [2.0], [1.0], [1.0]])]) == (1.0, None, None, 4)
+    assert bootstrap([np.full((5, 1), 3.0)]) == pytest.approx((3.0, 3.0, 3.0, 5))
     values = np.random.default_rng(0).normal(size=(40, 1))
     interval = bootstrap([values])
     assert interval.low is not None and interval.high is not None
-    assert interval.high - interval.low == pytest.approx(2 * 1.96 * math.sqrt(values.var(ddof=1) / 40), rel=0.06)
+    assert interval.high - interval.low == pytest.approx(2 * 2.0227 * math.sqrt(values.var(ddof=1) / 40), rel=0.06)
 
 
 def test_few_seeds_are_drawn_as_far_apart_as_they_are() -> None:
-    """Two seeds at -1 and 1, each pair alike: draws have a mean of -1, 0 or 1, which vary by 1/2 where 1 is right."""
+    """Two seeds at -1 and 1, each pair alike: draws have a mean of -1, 0 or 1, which vary by 1/2 where 1 is right; and two
+    values say next to nothing of their spread, so Student's t asks for 12.7062 where the normal distribution has 1.9600."""
     interval = bootstrap([np.array([[-1.0] * 9, [1.0] * 9])])
-    assert interval == pytest.approx((0.0, -math.sqrt(2), math.sqrt(2)))
+    reach = math.sqrt(2) * 12.70620 / 1.959964
+    assert interval == pytest.approx((0.0, -reach, reach, 2), rel=1e-5)
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_where_nothing_differs_few_intervals_exclude_zero(seeds: int) -> None:
+    """Of a thousand differences that are chance, seeds and pairs alike, 5 % should: 3.65 deviations more are 7.5 %."""
+    generator = np.random.default_rng(seeds)
+    found = 0
+    for _ in range(1000):
+        of_seeds, of_pairs = generator.normal(size=(seeds, 1)), generator.normal(size=(1, 40))
+        found += bootstrap([of_seeds + of_pairs + generator.normal(size=(seeds, 40))]).excludes_zero
+    assert found < 75
 
 
 def test_with_one_seed_the_pairs_are_drawn() -> None:
     """A task with pairs 0 and 2, and one whose pairs are all 5: the sum lies between 5 and 7."""
-    assert bootstrap([np.array([[0.0, 2.0]]), np.array([[5.0, 5.0, 5.0]])]) == (6.0, 5.0, 7.0)
+    assert bootstrap([np.array([[0.0, 2.0]]), np.array([[5.0, 5.0, 5.0]])]) == (6.0, 5.0, 7.0, 1)
 
 
 def test_seeds_and_pairs_are_crossed() -> None:
@@ -82,6 +95,12 @@ def test_an_interval_excludes_zero_on_either_side() -> None:
     five = np.array([[1.0], [2.0], [1.0], [2.0], [1.0]])
     assert bootstrap([five]).excludes_zero and bootstrap([-five]).excludes_zero
     assert not bootstrap([five - 1.5]).excludes_zero and not bootstrap([np.array([[9.0]])]).excludes_zero
+
+
+def test_an_interval_of_a_single_seed_is_of_pairs_alone_and_marked_where_that_is_asked_for() -> None:
+    interval = bootstrap([np.full((1, 20), 9.0)])
+    assert interval == pytest.approx((9.0, 9.0, 9.0, 1))
+    assert interval_text(interval, 1) == "9.0 [9.0, 9.0] †" and interval_text(interval, 1, fewest_seeds=2) == "9.0 [9.0, 9.0]"
 
 
 def test_best_and_second_best() -> None:
@@ -131,7 +150,14 @@ def write_cell(cell: Cell, margins: Sequence[Sequence[Sequence[float]]], *, base
     write_json(cell.folder / "scores.json", book.to_json(cell.method, "dpo", cell.seed))
     record = {"exit_code": 0, "wall_seconds": 10.0 + cell.seed, "peak_memory_mib": 500.0, "steps": 12, "attempts": 1}
     write_json(cell.folder / "cell.json", {"overrides": list(cell.overrides), **record})
-    known = {"model": {"path": "bundled"}, "sft": SETTINGS, "preference": SETTINGS, **settings}
+    known = {
+        "data": {"max_prompt_tokens": 64, "max_response_tokens": 64},
+        "evaluation": {"max_generations": None, "max_new_tokens": 8},
+        "model": {"path": "bundled", "lora": {"r": 8}},
+        "sft": SETTINGS,
+        "preference": SETTINGS,
+        **settings,
+    }
     (cell.folder / "config.yaml").write_text(yaml.safe_dump(known))
     state = {"data": {task: "hash" for task in TASKS}, "base": base, "steps": 12}
     write_json(cell.folder / "checkpoints" / "00006" / "state.json", state)
@@ -234,6 +260,29 @@ def test_unequal_budgets_make_no_table(study: Grid, results: list[Result]) -> No
     assert (study.options.folder / "results.csv").exists() and not (study.options.folder / "study.md").exists()
 
 
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"model": {"path": "bundled", "lora": {"r": 64}}}, r"lora\.r: 8 -> 64"),
+        ({"data": {"max_prompt_tokens": 64, "max_response_tokens": 32}}, r"limits\.max_response_tokens: 64 -> 32"),
+        ({"evaluation": {"max_generations": 2, "max_new_tokens": 8}}, r"answers\.max_generations: None -> 2"),
+    ],
+)
+def test_adapters_limits_and_answers_are_part_of_the_budget(
+    changed: dict[str, Any], told: str, study: Grid, results: list[Result]
+) -> None:
+    """Of cells that an earlier version kept they are not known, and then they are not compared."""
+    cell = results[-1].cell
+    cell.kept.unlink()
+    write_cell(cell, MARGINS[cell.method, cell.seed], **changed)
+    other = read_results([cell])[0]
+    with pytest.raises(UserError, match=told):
+        check_budget([*results[:-1], other])
+    for key in ("lora", "limits", "answers"):
+        del other.budget[key]
+    check_budget([*results[:-1], other])
+
+
 def test_cells_of_a_seed_start_from_one_base_and_seeds_may_have_their_own(study: Grid, results: list[Result]) -> None:
     def rewrite(method: str, seed: int, **given: Any) -> None:
         (cell,) = (r.cell for r in results if (r.cell.method, r.cell.seed) == (method, seed))
@@ -324,10 +373,10 @@ def test_differences_are_paired_by_seed_and_pair(study: Grid, results: list[Resu
     assert last.low is not None and last.high is not None
     assert last.low < 12.5 and last.high > 37.5  # further than the seeds, for two are few
     nll = table.difference("lifealign", "er", "chosen_nll", "last")
-    assert nll == (0.0, None, None)  # two seeds alone
+    assert nll == (0.0, None, None, 2)  # two seeds alone
     assert table.difference("lifealign", "mtl", "preference_accuracy", "bwt") is None  # mtl has none
     one = table.difference("lifealign", "mtl", "rouge_l", "last")
-    assert one == (0.0, None, None)  # one seed in common, and no values of pairs
+    assert one == (0.0, None, None, 1)  # one seed in common, and no values of pairs
 
 
 def test_bwt_over_learned_tasks_is_compared_over_those_that_both_learned(study: Grid, results: list[Result]) -> None:

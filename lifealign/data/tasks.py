@@ -34,11 +34,12 @@ class Task:
     dropped: dict[str, int]  # reason -> rows of both files; length reasons only of the rows that were tokenised
     data_hash: str  # sha256 over the canonical rows of ``train`` and ``test``
 
-    @property
-    def seen_prompts(self) -> int:
-        """Held-out pairs whose prompt stands in a training pair, too; data sets that split by row have some."""
-        trained = {tuple(pair.prompt) for pair in self.train}
-        return sum(tuple(pair.prompt) in trained for pair in self.test)
+
+def seen_prompts(tasks: Sequence[Task]) -> list[int]:
+    """For each task its held-out pairs whose prompt stands in a training pair of any of them: data sets that split by row have
+    some, and tasks that come back."""
+    trained = {tuple(pair.prompt) for task in tasks for pair in task.train}
+    return [sum(tuple(pair.prompt) in trained for pair in task.test) for task in tasks]
 
 
 def load_tasks(sequence: SequenceOptions, data: DataOptions, tokenizer: Any, bundled_root: Path) -> list[Task]:

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from lifealign.runtime.files import check_writable
 from lifealign.runtime.lock import locked
 from lifealign.runtime.terminal import console
 from lifealign.study.grid import Grid
@@ -32,6 +33,8 @@ def study(arguments: Sequence[str], script: Path) -> int:
     """
     options, passed = read_arguments(arguments)
     grid = Grid(options, passed)
+    check_writable(options.folder, "study.dir")
+    check_writable(options.runs_folder, "study.runs")
     with locked(options.runs_folder, BUSY) as lock:
         runner = Runner(script, options.parallel, lock, read_result)
         if not options.report_only:

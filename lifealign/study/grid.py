@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from lifealign.command import check_keys, conf_dir, prepare_arguments
 from lifealign.config import build, resolved, settings_hash
+from lifealign.errors import UserError, did_you_mean
 from lifealign.study.options import StudyOptions, TuningOptions
 
 ANY = "any"
@@ -101,10 +102,13 @@ class Grid:
     def tuning_task(self) -> str:
         """The task of whose training rows a slice is set aside."""
         assert self.tuning is not None
-        if self.tuning.task is not None:
-            return self.tuning.task
         config = composed(merged([f"+sequence={self.options.sequences[0]}"], self.options.common, self.passed))
-        return str(config.sequence.tasks[0])
+        tasks = [str(task) for task in config.sequence.tasks]
+        if self.tuning.task not in (None, *tasks):
+            raise UserError(
+                f"study.tuning.task={self.tuning.task}: no task of the first sequence{did_you_mean(self.tuning.task, tasks)}"
+            )
+        return self.tuning.task or tasks[0]
 
     def overrides(self, sequence: str, method: str, regime: str) -> tuple[str, ...]:
         """What the cells of a place share, whatever their seed and learning rate."""

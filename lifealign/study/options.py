@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lifealign.command import conf_dir
 from lifealign.errors import UserError, did_you_mean
+from lifealign.study.paper import TABLES
 
 RESERVED = {
     "sequence": "study.sequences",
@@ -182,6 +183,10 @@ def _check(options: StudyOptions) -> None:
     for label, method in options.methods.items():
         if method.tuned_as is not None:
             _named(options.methods, method.tuned_as, f"study.methods.{label}.tuned_as")
+    if options.compared is not None:
+        _named(options.methods, options.compared, "study.compared")
+    if options.paper is not None and options.paper not in TABLES:
+        raise UserError(f"study.paper={options.paper}: there is no such table{did_you_mean(options.paper, TABLES)}")
     for label in options.only or ():
         _named(options.methods, label, "study.only")
     for label in options.only_regimes or ():

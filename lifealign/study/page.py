@@ -16,6 +16,7 @@ from lifealign.study.table import (
     COST,
     DASH,
     FIGURES,
+    LEARNED,
     LOGS,
     STABILITY,
     decimals,
@@ -32,12 +33,14 @@ HOW_TO_READ = """\
 Cells are mean ± standard deviation over seeds, with the standard error in brackets; **bold** is the best mean of a column and
 *italics* the second best, upper bounds and rows without a figure left out. ↓: lower is better, and a positive BWT is then
 forgetting. *BWT, learned tasks* is over the tasks whose accuracy after their own training was above 50 % by a one-sided
-binomial test at 5 % in that cell, *Learned* in number; so methods are seen over tasks of their own, and differences are over
-those that both learned. For accuracy, mean log σ(r) and margin, differences come with 95 % percentile bootstrap intervals,
-paired: seeds are drawn anew, and the held-out pairs within each task. With few seeds such intervals are too narrow. For other
-metrics only seeds could be drawn, so there is an interval where there are five or more. † marks those that exclude 0; with as
-many differences as there are here, some do by chance. Methods that a buffer does not concern stand in every regime's table
-with the same cells. Wall clock includes start-up and evaluation, with the number of cells at once given above."""
+binomial test at 5 % in that cell, *Learned* in number. So each row is over tasks of its own and has no rank, and it is a little
+low: an accuracy that was above chance by luck falls back without any forgetting. Differences are over the tasks that both
+learned. For accuracy, mean log σ(r) and margin, differences come with 95 % bootstrap intervals, paired: seeds are drawn anew,
+and the held-out pairs within each task; what seeds add is widened as Student's t has it for so few. For other metrics only
+seeds could be drawn, so there is an interval where there are five or more. † marks those that exclude 0; with as many
+differences as there are here, some do by chance. Of a single seed an interval is over held-out pairs alone, and nothing is
+marked. Methods that a buffer does not concern stand in every regime's table with the same cells. Wall clock includes start-up
+and evaluation, with the number of cells at once given above."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ def _top(grid: Grid, facts: Facts) -> Iterator[str]:
         )
     )
     if facts.troubles:
-        yield "\n".join(["Not finished, and tried again by the next call:", "", *(f"- {line}" for line in facts.troubles)])
+        head = "Not finished; the next call tries all but those again that diverged (exit code 3):"
+        yield "\n".join([head, "", *(f"- {line}" for line in facts.troubles)])
 
 
 def _generation(grid: Grid) -> str:
@@ -134,7 +138,7 @@ def _scores(grid: Grid, table: Table, metric: str) -> str:
     for figure in FIGURES:
         summaries = {method: table.summary(method, metric, figure) for method in methods}
         ranked = {m: s.mean for m, s in summaries.items() if s is not None and grid.options.methods[m].ranked}
-        order = places(ranked, higher_is_better=higher)
+        order = places({} if figure == LEARNED else ranked, higher_is_better=higher)  # each is over tasks of its own
         columns.append([_marked(_spread(summaries[method], decimals(metric)), order.get(method)) for method in methods])
     learned = [_mean(table.summary(method, SELECTOR, "tasks_learned"), 1) for method in methods]
     seeds = [str(sum(of == method for of, _ in table.results)) for method in methods]
@@ -164,7 +168,9 @@ def _differences(grid: Grid, table: Table, metric: str) -> str:
     rows = []
     for theirs in _present(grid, table):
         if theirs != ours:
-            cells = [interval_text(table.difference(ours, theirs, metric, figure), decimals(metric)) for figure in FIGURES]
+            intervals = [table.difference(ours, theirs, metric, figure) for figure in FIGURES]
+            # Of a single seed an interval knows of held-out pairs alone, which says nothing of a method.
+            cells = [interval_text(interval, decimals(metric), fewest_seeds=2) for interval in intervals]
             rows.append([_shown(grid, theirs), *cells])
     return markdown([f"{_shown(grid, ours)} minus", *FIGURES.values()], rows) if rows else ""
 

@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from lifealign.errors import UserError
+from lifealign.errors import DIVERGED, UserError
 from lifealign.runtime import checkpoint
 from lifealign.runtime.files import read_json, write_bytes
 from lifealign.study.grid import Cell
@@ -47,6 +47,12 @@ def read_record(cell: Cell) -> Record | None:
 def is_finished(cell: Cell) -> bool:
     record = read_record(cell)
     return record is not None and record.exit_code == 0
+
+
+def has_ended(cell: Cell) -> bool:
+    """Whether a run has come to its end, or to one that another attempt will not change: a loss that is no number."""
+    record = read_record(cell)
+    return record is not None and record.exit_code in (0, DIVERGED)
 
 
 def check_settings(cells: Sequence[Cell]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from lifealign.assets import SIX_DOMAINS
 from lifealign.config import build, load_run
 from lifealign.data.cues import cue_accuracies
-from lifealign.data.tasks import Task, load_tasks
+from lifealign.data.tasks import Task, load_tasks, seen_prompts
 from lifealign.evaluation.figures import png
 from lifealign.models.loading import load_tokenizer
 from lifealign.runtime.files import read_json, write_bytes, write_json, write_text
@@ -101,7 +101,7 @@ def _failed(cells: Sequence[Cell]) -> Iterator[str]:
 def _untuned(scales: Scales) -> Iterator[str]:
     for (method, regime), scale in scales.items():
         if scale is None:
-            yield f"{method}, {regime}: no learning rate chosen, since not all of its short runs have ended"
+            yield f"{method}, {regime}: no learning rate chosen, since its short runs have not all ended, or all diverged"
 
 
 def _tasks(folder: Path, results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -116,13 +116,15 @@ def _tasks(folder: Path, results: Sequence[Result]) -> list[dict[str, Any]]:
         if digest not in known and result.cell.folder.exists():
             config = build(load_run(result.cell.folder))
             tasks = load_tasks(config.sequence, config.data, load_tokenizer(config.model), SIX_DOMAINS)
-            known[digest] = [_task(task) for task in tasks]
+            if {task.name: task.data_hash for task in tasks} != result.budget["data"]:
+                continue  # other rows stand there now
+            known[digest] = [_task(task, seen) for task, seen in zip(tasks, seen_prompts(tasks), strict=True)]
             write_json(kept, known)
         if digest in known:
             return known[digest]
     return []
 
 
-def _task(task: Task) -> dict[str, Any]:
-    sizes = {"train": len(task.train), "held_out": len(task.test), "seen_prompts": task.seen_prompts}
+def _task(task: Task, seen: int) -> dict[str, Any]:
+    sizes = {"train": len(task.train), "held_out": len(task.test), "seen_prompts": seen}
     return {"task": task.name, **sizes, "cues": cue_accuracies(task.test)}

@@ -252,11 +252,15 @@ def _logged(folder: Path) -> dict[str, float]:
 
 
 def _budget(settings: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows, base, epochs, batch sizes. The hash of the base is known where reference log-probabilities are cached."""
+    """Rows, limits on tokens and answers, base, adapter, epochs, batch sizes. The hash of the base is known where reference
+    log-probabilities are cached."""
     sizes = ("epochs", "batch_size", "micro_batch_size", "gradient_accumulation_steps")
     stages = {stage: {key: settings[stage][key] for key in sizes} for stage in ("sft", "preference")}
     base = {"path": settings["model"]["path"], "hash": state.get("base")}
-    return {"data": state["data"], "model": base, **stages}
+    limits = {key: settings["data"][key] for key in ("max_prompt_tokens", "max_response_tokens")}
+    answers = {key: settings["evaluation"][key] for key in ("max_generations", "max_new_tokens")}
+    lora = settings["model"]["lora"]
+    return {"data": state["data"], "limits": limits, "answers": answers, "model": base, "lora": lora, **stages}
 
 
 def check_budget(results: Sequence[Result]) -> None:
@@ -269,7 +273,7 @@ def check_budget(results: Sequence[Result]) -> None:
         first, same_seed = results[0], of_seed.setdefault(other.cell.seed, other)
         for one, changed in (
             (same_seed, _base_differs(same_seed, other)),
-            (first, differences(_without_base(first), _without_base(other))),
+            (first, differences(*_without_base(first, other))),
         ):
             if changed:
                 raise UserError(
@@ -278,8 +282,10 @@ def check_budget(results: Sequence[Result]) -> None:
                 )
 
 
-def _without_base(result: Result) -> dict[str, Any]:
-    return {key: value for key, value in result.budget.items() if key != "model"}
+def _without_base(*results: Result) -> list[dict[str, Any]]:
+    """Budgets without the base, each in what is known of all: an earlier version kept less of a cell."""
+    keys = set.intersection(*(set(result.budget) for result in results)) - {"model"}
+    return [{key: result.budget[key] for key in keys} for result in results]
 
 
 def _base_differs(one: Result, other: Result) -> list[str]:

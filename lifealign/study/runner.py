@@ -11,18 +11,18 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lifealign.errors import UserError
+from lifealign.errors import SIGNALLED, UserError
 from lifealign.runtime.files import write_json
 from lifealign.runtime.terminal import console
 from lifealign.study.grid import Cell
 from lifealign.study.origin import commit, machine
-from lifealign.study.record import RECORD, Record, check_settings, is_finished, newest_state, read_record
+from lifealign.study.record import RECORD, Record, check_settings, has_ended, newest_state, read_record
 
 OUTPUT = "output.txt"
 POLL_SECONDS = 0.2
@@ -64,7 +64,7 @@ class Runner:
         check_settings(cells)
         by_folder = {cell.folder: cell for cell in reversed(cells)}
         unique = list(reversed(by_folder.values()))
-        waiting = deque(cell for cell in unique if not is_finished(cell))
+        waiting = deque(cell for cell in unique if not has_ended(cell))
         with self._signals(), _progress(title, len(unique), len(unique) - len(waiting)) as progress:
             try:
                 while self.signal is None and (waiting or self.running):
@@ -84,7 +84,7 @@ class Runner:
             peak_memory_mib=before.peak_memory_mib,
             attempts=before.attempts + 1,
             commit=self.commit,
-            date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+            date=datetime.now(UTC).strftime("%Y-%m-%d"),
             machine=self.machine,
         )
         write_json(cell.folder / RECORD, asdict(record))
@@ -116,7 +116,8 @@ class Runner:
 
     def _note(self, running: _Running, peak_mib: float, progress: Progress) -> None:
         cell, record, code = running.cell, running.record, running.process.returncode
-        record.exit_code = None if self.signal is not None and code < 0 else code
+        stopped = self.signal is not None and (code < 0 or code > SIGNALLED)  # died of a signal, or has saved and said so
+        record.exit_code = None if stopped else code
         record.wall_seconds += time.monotonic() - running.started
         record.peak_memory_mib = max(record.peak_memory_mib, peak_mib)
         record.steps = newest_state(cell).get("steps")

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binom
+from scipy.stats import binom, norm, t
 
 DRAWS = 2000
 LEVEL = 0.95
@@ -45,11 +45,12 @@ def is_learned(accuracy: float, pairs: int) -> bool:
 
 
 class Interval(NamedTuple):
-    """A mean difference and its percentile bootstrap interval; no interval where there is too little to resample."""
+    """A mean difference and its bootstrap interval; no interval where there is too little to resample."""
 
     mean: float
     low: float | None
     high: float | None
+    seeds: int
 
     @property
     def excludes_zero(self) -> bool:
@@ -61,7 +62,8 @@ def bootstrap(differences: Sequence[np.ndarray]) -> Interval:
 
     A draw takes seeds with replacement, and within each task pairs with replacement, the same pairs for every seed: seeds
     share their held-out pairs, so the two are crossed (Owen, 2007, The pigeonhole bootstrap). Means of n drawn seeds vary
-    by (n - 1) / n too little, which is made good. The draws are the same in every call.
+    by (n - 1) / n too little, and the spread of few seeds is itself hardly known: both are made good, the second as Student's t
+    does beside the normal distribution. The draws are the same in every call.
 
     Args:
         differences: for each task (seeds, pairs) float64 differences between two methods, seed by seed and pair by pair.
@@ -70,15 +72,17 @@ def bootstrap(differences: Sequence[np.ndarray]) -> Interval:
     mean = sum(float(task.mean()) for task in differences)
     seeds = differences[0].shape[0]
     if seeds < FEWEST_SEEDS and all(task.shape[1] == 1 for task in differences):
-        return Interval(mean, None, None)
+        return Interval(mean, None, None, seeds)
     of_seeds = _weights(seeds, 0)
     if seeds > 1:
-        of_seeds = 1 / seeds + math.sqrt(seeds / (seeds - 1)) * (of_seeds - 1 / seeds)
+        upper = (1 + LEVEL) / 2
+        stretch = math.sqrt(seeds / (seeds - 1)) * t.ppf(upper, seeds - 1) / norm.ppf(upper)
+        of_seeds = 1 / seeds + stretch * (of_seeds - 1 / seeds)
     totals = np.zeros(DRAWS)
     for number, task in enumerate(differences, start=1):
         totals += np.einsum("bp,bp->b", of_seeds @ task, _weights(task.shape[1], number))
     low, high = np.quantile(totals, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(mean, float(low), float(high))
+    return Interval(mean, float(low), float(high), seeds)
 
 
 @lru_cache(maxsize=64)

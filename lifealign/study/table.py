@@ -12,7 +12,8 @@ from lifealign.study.results import SELECTOR, TEXT_MEAN, Result
 from lifealign.study.statistics import Interval
 
 COLUMNS = ("study", "method", "regime", "sequence", "seed", "metric", "figure", "value")
-FIGURES = {"last": "Last", "bwt": "BWT", "bwt_learned": "BWT, learned tasks", "ap": "AP"}
+LEARNED = "bwt_learned"
+FIGURES = {"last": "Last", "bwt": "BWT", LEARNED: "BWT, learned tasks", "ap": "AP"}
 COST, LOGS, STABILITY = "cost", "logs", "stability"
 NO_SCORES = (COST, LOGS, STABILITY)
 
@@ -66,14 +67,15 @@ def label(metric: str) -> str:
     return info.label if info.higher_is_better else f"{info.label} ↓"
 
 
-def interval_text(interval: Interval | None, places: int) -> str:
-    """``1.20 [0.10, 2.30] †``; the mean alone where there is no interval."""
+def interval_text(interval: Interval | None, places: int, *, fewest_seeds: int = 1) -> str:
+    """``1.20 [0.10, 2.30] †``; the mean alone where there is no interval, and no mark where it is of too few seeds."""
     if interval is None:
         return DASH
-    mean, low, high = (format_score(value, places) for value in interval)
+    mean, low, high = (format_score(value, places) for value in interval[:3])
     if interval.low is None:
         return mean
-    return f"{mean} [{low}, {high}]{' †' if interval.excludes_zero else ''}"
+    marked = interval.excludes_zero and interval.seeds >= fewest_seeds
+    return f"{mean} [{low}, {high}]{' †' if marked else ''}"
 
 
 def decimals(metric: str) -> int:

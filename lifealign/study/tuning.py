@@ -11,10 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lifealign.errors import DIVERGED
 from lifealign.runtime.files import write_json
 from lifealign.study.grid import Cell, Grid, Scales, composed, learning_rates, merged
-from lifealign.study.record import is_finished, read_record
+from lifealign.study.record import has_ended, is_finished
 from lifealign.study.results import read_result
 
 
@@ -79,7 +78,7 @@ def choose(grid: Grid) -> Scales:
     rows = []
     for trial in trials(grid):
         by_scale = {scale: scores(cells) for scale, cells in trial.cells.items()}
-        ended = all(_has_ended(cell) for cells in trial.cells.values() for cell in cells)
+        ended = all(has_ended(cell) for cells in trial.cells.values() for cell in cells)
         best = best_scale(by_scale) if ended else None
         chosen |= dict.fromkeys(trial.variants, best)
         rows.append(
@@ -95,9 +94,3 @@ def choose(grid: Grid) -> Scales:
     if rows:
         write_json(grid.options.folder / "tuning.json", rows)
     return chosen
-
-
-def _has_ended(cell: Cell) -> bool:
-    """Whether a run has come to its end, or to one that another attempt will not change: a loss that is no number."""
-    record = read_record(cell)
-    return record is not None and record.exit_code in (0, DIVERGED)

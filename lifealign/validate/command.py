@@ -8,12 +8,15 @@ from omegaconf import DictConfig
 from rich.console import RenderableType
 from rich.table import Table
 
+from lifealign.assembly import judged_tasks
 from lifealign.assets import SIX_DOMAINS
 from lifealign.config import build
 from lifealign.data.options import DataOptions
-from lifealign.data.tasks import Task, load_tasks
+from lifealign.data.tasks import Task, load_tasks, seen_prompts
 from lifealign.data.tokenize import Pair
+from lifealign.evaluation.judge import check_judge
 from lifealign.models.loading import load_tokenizer
+from lifealign.models.quantization import check_quantization
 from lifealign.runtime import distributed
 from lifealign.runtime.terminal import console
 from lifealign.validate.estimate import estimate, estimate_table
@@ -32,6 +35,10 @@ def validate(composed: DictConfig, ranks: int | None = None) -> None:
         UserError: for the first mistake.
     """
     config, ranks = build(composed), ranks or distributed.world_size()
+    config.tracking.check()
+    check_quantization(config.model, config.zero.stage)
+    if "judge" in config.evaluation.metrics:
+        check_judge(config.evaluation.judge, judged_tasks(config))
     tokenizer = load_tokenizer(config.model)
     recorder = LengthRecorder(tokenizer)
     tasks = load_tasks(config.sequence, config.data, recorder, SIX_DOMAINS)
@@ -56,11 +63,11 @@ def _task_table(tasks: Sequence[Task], data: DataOptions) -> Table:
     table = Table(title="Tasks")
     for name in ("task", "train", "held out", "of them seen prompts", "dropped", "longest row (tokens)", "pairs at a limit"):
         table.add_column(name, justify="left" if name == "task" else "right")
-    for task in tasks:
+    for task, seen in zip(tasks, seen_prompts(tasks), strict=True):
         pairs = [*task.train, *task.test]
         longest = max(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
         at_limit = sum(_at_limit(pair, data) for pair in pairs)
-        counts = len(task.train), len(task.test), task.seen_prompts, sum(task.dropped.values()), longest, at_limit
+        counts = len(task.train), len(task.test), seen, sum(task.dropped.values()), longest, at_limit
         table.add_row(task.name, *map(str, counts))
     return table
 
