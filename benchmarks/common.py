@@ -192,7 +192,7 @@ def _without_folders(argument: str) -> str:
 def heading(started_load: Sequence[float]) -> dict[str, Any]:
     """What every JSON file begins with; call it when the measurements are done."""
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(_without_folders(argument) for argument in sys.argv),
         "machine": machine(),
         "load_average": {"before": list(started_load), "after": list(os.getloadavg())},

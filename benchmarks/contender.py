@@ -196,7 +196,7 @@ class LifeAlign:
         if self.online:
             self.trainer.stage = self._stage(batch)
         self.trainer.options = replace(self.trainer.options, micro_batch_size=len(batch))
-        return self.trainer.step(self.trainer.collate(batch))
+        return self.trainer.step(self.trainer.collate(self.trainer.read(batch)))
 
 
 # The clock

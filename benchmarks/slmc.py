@@ -11,7 +11,8 @@ loop  the way of the released research code, as a reference in few lines: for ea
       "full" is the same loop with torch's default for the first SVD, square matrices of vectors; nobody's code does that
 
 Shapes are Qwen2.5-7B's. Updates are random with singular values falling as 1/i, and 22 % of the energy of each lies in the
-span of those before it. Both take turns on the same numbers, after one call that is not timed. Between calls the history is
+span of those before it. Both take turns on the same numbers, after one call that is not timed (`grid`
+calls the loop once, cold). Between calls the history is
 cut back to the same stored updates, by its length alone, so that each call is the consolidation of the same next update.
 Extra memory is the process's peak of resident memory over the first call less what was resident before it, with freed memory
 handed back to the system first: results and the longer history count, inputs and the stored history do not. Each part writes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,9 +31,11 @@ from lifealign.models.scoring import ReferenceLogps
 from lifealign.resuming import (
     Midway,
     Tensors,
+    check_base,
     check_batches,
     check_midway,
     check_rows,
+    check_steps,
     check_weights,
     extended_book,
     refuse_a_lost_run,
@@ -41,7 +44,7 @@ from lifealign.resuming import (
 from lifealign.runtime import checkpoint, distributed, watchdog
 from lifealign.runtime.checkpoint import Checkpoint, checkpoint_name
 from lifealign.runtime.engine import deepspeed_config, inference_engine, training_engine
-from lifealign.runtime.files import write_json, write_json_lines
+from lifealign.runtime.files import numbered_folders, write_json, write_json_lines
 from lifealign.runtime.optimizer import read_optimizer, write_optimizer
 from lifealign.runtime.options import Resume
 from lifealign.runtime.randomness import read_rng, write_rng
@@ -156,10 +159,10 @@ class Lifelong:
     def _train(self, number: int, stage: Stage) -> None:
         """One stage of a task: a fresh engine, its steps, and what the strategy makes of the update."""
         options: StageOptions = getattr(self.config, stage.name)
+        midway, self._midway = self._midway, None  # also where the stage is now left out: it is not the next one's
         if options.epochs == 0:
             return
         context = self._context(number, stage.name)
-        midway, self._midway = self._midway, None
         pairs = self.strategy.train_data(context, context.task.train)
         self.strategy.begin_stage(context)
         if midway is not None:  # before there is an engine, which copies the weights
@@ -173,10 +176,12 @@ class Lifelong:
             max_grad_norm=options.max_grad_norm,
         )
         steps = options.steps(len(pairs), stage.name, distributed.world_size())
+        if midway is not None:
+            check_steps(self.folder, midway, stage.name, steps)
         with training_engine(
             self.policy, engine_config, partial(make_optimizer, options), partial(make_schedule, options, steps)
         ) as engine:
-            if stage.name == "preference":
+            if stage.name == "preference" and self.config.objective.needs_reference:
                 with self.timing.of("reference"), stopping_between_batches(self._stop_if_asked):
                     self._ensure_reference(engine, pairs, context.task, log_it=midway is None)
             trainer = Trainer(
@@ -343,7 +348,7 @@ class Lifelong:
                 return
             before = self._between_phases
             metrics = {"metrics_bytes": self.tracker.position(), "metrics_sha256": self.tracker.digest()}
-            volatile = {"timing": dict(self.timing), **metrics}
+            volatile = {"timing": self.timing.now(), **metrics}
             number = self.position.task * len(PHASES) + PHASES.index(self.position.phase)
             new = Checkpoint(
                 checkpoint_name(number, 0 if midway is None else midway["steps"]),
@@ -390,21 +395,25 @@ class Lifelong:
         self.steps = state["steps"]
         before = ScoreBook.from_json(state["scores"])
         self.book = extended_book(before, self.book.tasks, self.plan, self.position.task, self.strategy.name)
-        for part, seconds in state["timing"].items():
-            self.timing[part] += seconds
+        self.timing.go_on(state["timing"])
         check_weights(self.folder, self.policy, parts["adapter"], parts["added"])
         write_factors(self.policy.model, parts["adapter"], dict.fromkeys(parts["adapter"], 0))
         write_added(self.policy, parts["added"])
+        base = state.get("base")
+        if base is not None:
+            forced += check_base(self.folder, base, self.reference.identify(self.policy), force=force)
         self.reference.load_state_dict(parts["reference"])
-        self.reference.base = state.get("base")
         with self._told():
             self.strategy.load_state_dict(State(state["strategy"], parts["strategy"], found.files))
         self.tracker.rewind(state["metrics_bytes"], state["metrics_sha256"])
         between_phases = {name: tensor for name, tensor in found.tensors.items() if not name.startswith("midway/")}
-        self._between_phases = replace(found, tensors=between_phases)
+        self._between_phases = replace(found, state={**state, "base": self.reference.base}, tensors=between_phases)
         with self._writing():
             if distributed.is_main():
                 take_up_settings(self.folder, self.settings, forced)
+                ahead = numbered_folders(self.folder / "tasks")[self.position.task :]
+                for folder in ahead:  # of a checkpoint that was damaged: they will be made again
+                    shutil.rmtree(folder)
         log.info("resumed at task %d, %s, from checkpoint %s", self.position.task + 1, self.position.phase, found.name)
 
 

@@ -93,6 +93,23 @@ def check_rows(folder: Path, tasks: Sequence[Task], before: Mapping[str, str], *
     return [f"the rows of task {name}" for name in changed]
 
 
+def check_base(folder: Path, before: str, now: str, *, force: bool) -> list[str]:
+    """Compare the hash of the base with that of the run's.
+
+    Returns:
+        What differs, where ``force`` allows it.
+
+    Raises:
+        UserError: where it is another.
+    """
+    if before != now and not force:
+        raise UserError(
+            f"{folder}: its base was another: other weights stand at model.path, or another device or version of transformers "
+            "reads them; give it that one, or go on all the same with resume=force"
+        )
+    return ["the base"] if before != now else []
+
+
 def check_weights(folder: Path, policy: Policy, adapter: Tensors, added: Tensors) -> None:
     """Raises UserError where what is trained has another shape than what was saved, as changed settings would have it."""
     saved = {name: value.shape for name, value in {**adapter, **added}.items()}
@@ -110,6 +127,15 @@ def check_midway(folder: Path, midway: Midway, stage: str, options: StageOptions
         raise UserError(
             f"{folder}: was interrupted in a stage with {midway.batch_size} pairs a step, which would now have "
             f"{batch_size}; set {stage}.batch_size={midway.batch_size}"
+        )
+
+
+def check_steps(folder: Path, midway: Midway, stage: str, steps: int) -> None:
+    """Raises UserError where the interrupted stage has come further than it now goes."""
+    if midway.steps > steps:
+        raise UserError(
+            f"{folder}: was interrupted at step {midway.steps} of a stage that would now have {steps}; give it the "
+            f"{stage}.epochs and the rows that it had"
         )
 
 

@@ -119,9 +119,11 @@ class PreferenceStage:
         return 1
 
     def known(self, pairs: Sequence[Pair], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(pairs, 2) log-probabilities under the reference, and tokens, of chosen and rejected."""
+        """(pairs, 2) log-probabilities under the reference, and tokens, of chosen and rejected; the first are zeros where the
+        objective does not look at them."""
         lengths = torch.tensor([(len(pair.chosen), len(pair.rejected)) for pair in pairs])
-        return self.reference.of(pairs).to(device, non_blocking=True), lengths.to(device, non_blocking=True)
+        logps = self.reference.of(pairs) if self.objective.needs_reference else torch.zeros(len(pairs), 2)
+        return logps.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
 
     def outcome(self, logps: torch.Tensor, pairs: Sequence[Pair]) -> Outcome:
         result = self.objective(logps.view(-1, 2), *self.known(pairs, logps.device))

@@ -108,10 +108,11 @@ class Trainer:
             TrainingDiverged: a loss, a gradient norm or a logged figure is not finite; the same on every rank.
         """
         batch_size = self.options.global_batch(self.stage.name, distributed.world_size())
-        rows = [self._row(p) for p in pairs]
-        plan = plan_batches([r.length for r in rows], batch_size, self.options.epochs, self.context.generator("batches"))
-        self._tell_extent(rows, plan, batch_size)
-        batches = ([pairs[i] for i in indices] for indices in plan[taken:])
+        read = self.read(pairs)
+        lengths = [row.length for _, row in read]
+        plan = plan_batches(lengths, batch_size, self.options.epochs, self.context.generator("batches"))
+        self._tell_extent([row for _, row in read], plan, batch_size)
+        batches = ([read[i] for i in indices] for indices in plan[taken:])
         self.engine.train()
         self._taken, self._window = taken, _Window()
         with (
@@ -124,7 +125,8 @@ class Trainer:
                 watchdog.here.say(f"task {self.context.task.name}, {self.stage.name}, step {number + 1}")
                 if self.between_steps is not None:
                     self.between_steps(number)
-                log_it = number % self.log_every == 0 or number + 1 == len(plan)
+                last = number + 1 == len(plan)
+                log_it = number % self.log_every == 0 or last or self.stopping  # one that stops is saved after a line
                 loss = self.step(batch, steps=len(plan) if log_it else None)
                 seconds = time.perf_counter() - started
                 started += seconds
@@ -153,11 +155,11 @@ class Trainer:
             f"rows {layout.value}, {whole.positions:,} positions computed, {100 * whole.padding:.1f} % padding"
         )
 
-    def _row(self, pair: Pair) -> Row:
-        """What the policy reads of a pair in this stage."""
-        return self.engine.module.prefixed(self.stage.row(pair))
+    def read(self, pairs: Sequence[Pair]) -> list[tuple[Pair, Row]]:
+        """Each pair with what the policy reads of it in this stage."""
+        return [(pair, self.engine.module.prefixed(self.stage.row(pair))) for pair in pairs]
 
-    def _collated(self, batches: Iterable[Sequence[Pair]]) -> Generator[StepBatch, None, None]:
+    def _collated(self, batches: Iterable[Sequence[tuple[Pair, Row]]]) -> Generator[StepBatch, None, None]:
         """The batches in order; a second thread collates each while the step before it is taken, and none earlier."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="collate") as thread:
             coming: Future[StepBatch] | None = None
@@ -168,11 +170,11 @@ class Trainer:
             if coming is not None:
                 yield coming.result()
 
-    def collate(self, batch: Sequence[Pair]) -> StepBatch:
+    def collate(self, batch: Sequence[tuple[Pair, Row]]) -> StepBatch:
         """This rank's micro-batches of a global batch, on the host; the last batch of an epoch may leave some empty.
 
         Args:
-            batch: at least one pair, and at most as many as an optimiser step sees.
+            batch: pairs that have been :meth:`read`; at least one, and at most as many as an optimiser step sees.
         """
         layout, micro, ranks = self.engine.module.layout, self.options.micro_batch_size, distributed.world_size()
         micro_batches = []
@@ -180,11 +182,11 @@ class Trainer:
             start = (turn * ranks + distributed.rank()) * micro
             share = batch[start : start + micro]
             # A share without pairs still runs, with a loss of 0: the other ranks wait in the same collectives.
-            pairs = share or batch[:1]
-            rows = collate([self._row(p) for p in pairs], layout=layout, pad_token_id=self.pad_token_id)
-            micro_batches.append(MicroBatch(pairs, rows, counted=len(share)))
-        size = sum(self.stage.size(p) for p in batch)
-        tokens = extent([self._row(p) for p in batch], layout).tokens
+            pairs, rows = zip(*(share or batch[:1]), strict=True)
+            collated = collate(rows, layout=layout, pad_token_id=self.pad_token_id)
+            micro_batches.append(MicroBatch(pairs, collated, counted=len(share)))
+        size = sum(self.stage.size(pair) for pair, _ in batch)
+        tokens = extent([row for _, row in batch], layout).tokens
         return StepBatch(micro_batches, size, len(batch), tokens)
 
     def step(self, batch: StepBatch, *, steps: int | None = None) -> float:
@@ -277,7 +279,8 @@ class Trainer:
         asked = torch.full((), float(self.asked_to_stop()), dtype=torch.float64, device=distributed.device())
         broken = torch.full_like(asked, float(self.tracker.failure is not None))
         scalars = torch.stack([value.double() for value in (own_norm, asked, broken, *values)])
-        norm, asked_ranks, broken_ranks, *sums = distributed.sum_over_ranks(scalars).tolist()
+        with watchdog.here.waiting():
+            norm, asked_ranks, broken_ranks, *sums = distributed.sum_over_ranks(scalars).tolist()
         if broken_ranks:
             raise storage_failed(self.tracker.folder, self.tracker.failure or OSError("rank 0 says why"))
         self.stopping = self.stopping or asked_ranks > 0

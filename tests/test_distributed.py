@@ -456,3 +456,13 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_every_rank(two: Path) -> Non
     assert told[0] == told[1]
     assert "loss is nan at step 2 of the preference stage of task instruct" in told[0]
     assert not (two / "diverged" / "tasks").exists()
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_the_optimizer_may_be_offloaded(zero: int, tmp_path: Path) -> None:
+    """On a CPU it is where it was, so that the same bits come out."""
+    words = "sequence.tasks=[instruct]", "evaluation.metrics=[chosen_nll]", f"zero={zero}"
+    kept = train_here(tmp_path / "kept", *words)
+    moved = train_here(tmp_path / "moved", *words, "zero.settings.offload_optimizer.device=cpu")
+    left, right = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (kept, moved))
+    assert all(torch.allclose(left[name], right[name], rtol=1e-5, atol=1e-7) for name in left)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import train_here
 
 from lifealign.data.tokenize import Pair
 from lifealign.errors import UserError
@@ -372,3 +375,11 @@ def test_options_out_of_range(kind: type[Objective], options: dict[str, float]) 
     (key,) = options
     with pytest.raises(UserError, match=rf"objective\.{key}="):
         kind(**options)
+
+
+def test_an_objective_without_reference_has_none_computed(tmp_path: Path) -> None:
+    """SimPO reads none: of 16 training pairs none is asked for; held-out ones are, where a score compares with the base."""
+    folder = train_here(tmp_path / "run", "objective=simpo", "sequence.tasks=[instruct]", "evaluation.metrics=[chosen_nll]")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["needed_pairs"] for row in rows if row["kind"] == "reference"] == [8]
+    assert any(row["kind"] == "step" and row["stage"] == "preference" for row in rows)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,16 @@ import support
 from endings import differences, rows
 
 import lifealign.runtime.timing
+from lifealign.assets import TINY_MODEL
 from lifealign.command import hydra_command
+from lifealign.errors import Interrupted as Stopped
 from lifealign.errors import UserError
 from lifealign.lifelong import Lifelong
 from lifealign.run import train
 from lifealign.runtime.checkpoint import newest_folder
 from lifealign.runtime.timing import Timing
 from lifealign.stages import StageOptions
+from lifealign.trainer import Trainer
 
 
 class Interrupted(Exception):
@@ -99,13 +104,13 @@ def test_figures_that_wait_for_their_line_put_a_checkpoint_off(tmp_path: Path) -
 
 
 def test_a_checkpoint_within_a_stage_is_no_part_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 1.0, 4.0, 10.0])  # the stage begins, saves from 1 to 4, and ends
+    clock = iter([0.0, 1.0, 2.0, 4.0, 5.0, 11.0, 12.0])  # from 1 to 11 the stage, from 2 to 5 a checkpoint, which asks at 4
     monkeypatch.setattr(lifealign.runtime.timing.time, "perf_counter", lambda: next(clock))
     timing = Timing()
-    timing["saving"] = 2.0
+    timing.go_on({"saving": 2.0, "total": 3.0})
     with timing.of("sft"), timing.of("saving"):
-        pass
-    assert timing == {"sft": 7.0, "saving": 5.0}
+        assert timing.now() == {"sft": 1.0, "saving": 4.0, "total": 7.0}
+    assert timing.now() == {"sft": 7.0, "saving": 5.0, "total": 15.0}
 
 
 def test_another_batch_size_is_refused_within_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +182,13 @@ def test_other_settings_are_refused_and_force_accepts_them(uninterrupted: Path, 
     assert forced["from"] == newest_folder(folder / "checkpoints").name
 
 
+def test_a_metric_that_a_finished_run_was_not_scored_by_is_no_reason_to_fail(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    config = support.compose_config(*support.QUICK, f"run.dir={folder}", "evaluation.metrics=[judge]", "resume=force")
+    config.evaluation.judge.local = str(TINY_MODEL)
+    assert train(config) is None
+
+
 def test_never_refuses_a_directory_that_holds_a_run(uninterrupted: Path) -> None:
     with pytest.raises(UserError, match=r"holds a run already"):
         train_here(uninterrupted, "resume=never")
@@ -219,3 +231,81 @@ def test_a_finished_run_goes_on_with_a_task_added(uninterrupted: Path, tmp_path:
     assert all(isinstance(value, float) for value in after[2])
     with pytest.raises(UserError, match=r"sequence\.tasks: .* does not begin with"):
         train_here(folder, "sequence.tasks=[hc3,instruct,truthfulqa]", "resume=force")
+
+
+def stopped_within_sft(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
+    """A run that ended after the third step of its first stage, which has four."""
+    save, saved = Lifelong._save_midway, []
+
+    def save_and_stop(self: Lifelong, *args: object) -> None:
+        save(self, *args)
+        saved.append(None)
+        if len(saved) == 3:
+            raise Interrupted
+
+    monkeypatch.setattr(Lifelong, "_save_midway", save_and_stop)
+    with pytest.raises(Interrupted):
+        train_here(folder, "checkpoint.every=1", *overrides)
+    monkeypatch.undo()
+
+
+def test_what_an_interrupted_stage_left_is_not_the_next_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told to leave out the stage that it was in, a run goes on as one that never had it."""
+    stopped_within_sft(tmp_path / "run", monkeypatch)
+    train_here(tmp_path / "run", "checkpoint.every=1", "sft.epochs=0", "resume=force")
+    train_here(tmp_path / "whole", "checkpoint.every=1", "sft.epochs=0")
+    found, wanted = (
+        [(row["task"], row["stage_step"], row["loss"]) for row in rows(tmp_path / name) if "accuracy" in row]
+        for name in ("run", "whole")
+    )
+    assert len(found) == 10 and found == wanted
+
+
+def test_a_stage_that_has_come_further_than_it_now_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped_within_sft(tmp_path / "run", monkeypatch)
+    with pytest.raises(UserError, match=r"interrupted at step 3 of a stage that would now have 2; give it the sft\.epochs"):
+        train_here(tmp_path / "run", "checkpoint.every=1", "sft.epochs=1", "resume=force")
+
+
+def test_another_base_under_the_same_path_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a folder of a base that is made again, or a name on the hub that comes to mean other weights."""
+    folder = train_here(tmp_path / "run", "sequence.tasks=[instruct]")
+    monkeypatch.setattr("lifealign.models.scoring.base_hash", lambda _: "another")
+    with pytest.raises(UserError, match="its base was another: other weights stand at model"):
+        train_here(folder, "sequence.tasks=[instruct]")
+    assert not (folder / "forced.jsonl").exists()
+    train_here(folder, "resume=force")  # one task more
+    (forced,) = map(json.loads, (folder / "forced.jsonl").read_text().splitlines())
+    assert forced["changed"][-1] == "the base"
+    train_here(folder)  # and that base is the run's from then on
+
+
+def test_a_run_that_is_to_stop_does_not_wait_for_its_next_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked to in the second of twelve steps, with a line every ten: it takes one more, and saves."""
+    usual, steps = Trainer.step, []
+
+    def step(self: Trainer, *args: object, **options: object) -> float:
+        steps.append(None)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return usual(self, *args, **options)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    words = "sequence.tasks=[instruct]", "tracking.log_every=10", "sft.epochs=6", "checkpoint.every=100"
+    with pytest.raises(Stopped, match="stopped by SIGTERM and saved"):
+        train_here(tmp_path / "run", *words)
+    assert len(steps) == 3 and newest_folder(tmp_path / "run" / "checkpoints").name == "00000.000003"
+    monkeypatch.undo()
+    adapters = [train_here(tmp_path / name, *words) / "adapter" / "adapter_model.safetensors" for name in ("run", "whole")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_folders_of_tasks_that_are_done_again_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest checkpoint, after the second task, is damaged: its adapter is none that the memory of the run speaks of."""
+    folder = train_here(tmp_path / "run", "checkpoint.keep=9")
+    for checkpoint in sorted((folder / "checkpoints").iterdir())[-3:]:
+        (checkpoint / "state.json").write_text("{")
+    monkeypatch.setattr(Lifelong, "_train", lambda *_: (_ for _ in ()).throw(Interrupted))
+    with pytest.raises(Interrupted):
+        train_here(folder, "checkpoint.keep=9")
+    assert [path.name for path in (folder / "tasks").iterdir()] == ["01_instruct"]

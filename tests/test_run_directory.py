@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from support import QUICK, compose_config, train_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lifealign.evaluation.evaluate
 from lifealign.assets import TINY_MODEL
 from lifealign.config import build, load_run, resolved
 from lifealign.evaluation import continual_metrics
@@ -395,3 +396,28 @@ def test_wandb_mirrors_a_run_offline_and_keeps_its_id(tmp_path: Path, monkeypatc
         assert records.stat().st_size > 1000, sorted(path.name for path in mirrored.rglob("*"))
     assert folders
     assert not (tmp_path / "wandb").exists()
+
+
+def test_a_policy_that_overflows_on_a_held_out_pair_is_scored_with_gaps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a base in half precision may. The run comes to its end, and every file that it writes is JSON."""
+    usual = lifealign.evaluation.evaluate.score_pairs
+
+    def overflown(*args: object, **options: object) -> torch.Tensor:
+        logps = usual(*args, **options)
+        logps[0] = math.nan
+        return logps
+
+    monkeypatch.setattr(lifealign.evaluation.evaluate, "score_pairs", overflown)
+    metrics = "evaluation.metrics=[preference_accuracy,rouge_l]"
+    folder = train_here(tmp_path / "run", metrics, "sequence.tasks=[instruct]", "tracking.mode=offline")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    scores = json.loads((folder / "tasks" / "01_instruct" / "scores.json").read_text(), parse_constant=refuse)["scores"]
+    assert scores["instruct"]["preference_accuracy"] is None and scores["instruct"]["rouge_l"] is not None
+    lines = (folder / "tasks" / "01_instruct" / "predictions.jsonl").read_text().splitlines()
+    margins = [json.loads(line, parse_constant=refuse)["margin"] for line in lines]
+    assert margins[0] is None and None not in margins[1:]

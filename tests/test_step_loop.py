@@ -36,7 +36,7 @@ from lifealign.runtime.optimizer import read_optimizer
 from lifealign.runtime.tracking import Tracker
 from lifealign.stages import PreferenceStage, SupervisedStage
 from lifealign.strategies import Context, Run, Seen, Strategy
-from lifealign.trainer import Trainer, make_optimizer, make_schedule, plan_batches
+from lifealign.trainer import StepBatch, Trainer, make_optimizer, make_schedule, plan_batches
 
 PAIRS, BATCH, MICRO, STEPS = 20, 8, 4, 6
 """Two epochs of batches of 8, 8 and 4 pairs, in two micro-batches each; of the batch of 4, the second is empty."""
@@ -58,6 +58,9 @@ class Prepared:
     def plan(self) -> list[list[int]]:
         lengths = [self.trainer.stage.row(pair).length for pair in self.pairs]
         return plan_batches(lengths, BATCH, 2, self.trainer.context.generator("batches"))
+
+    def collate(self, batch: list[int]) -> StepBatch:
+        return self.trainer.collate(self.trainer.read([self.pairs[i] for i in batch]))
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
@@ -116,7 +119,7 @@ def test_a_skipped_step_leaves_weights_and_moments_and_nothing_for_the_next(
     for name in ("skipped", "never met"):
         with prepared(tmp_path / name, f"zero={zero}", "preference.max_skipped_steps=1") as made:
             trainer, engine = made.trainer, made.trainer.engine
-            first, second, third = (trainer.collate(made.pairs[i : i + BATCH]) for i in range(0, PAIRS, BATCH))
+            first, second, third = (trainer.collate(trainer.read(made.pairs[i : i + BATCH])) for i in range(0, PAIRS, BATCH))
             engine.train()
             trainer.step(first)
             before, moments, rate = made.adapter(), read_optimizer(engine), engine.get_lr()
@@ -172,8 +175,8 @@ def test_the_loss_of_a_step_is_that_of_its_pairs(tmp_path: Path) -> None:
     """Before the first step policy and reference agree: FPO with γ = 2 gives ln 2/4 a pair, and the penalty is added."""
     with prepared(tmp_path) as made:
         first, rest = made.pairs[:BATCH], made.pairs[BATCH : BATCH + MICRO]
-        loss = made.trainer.step(made.trainer.collate(first), steps=2)
-        made.trainer.step(made.trainer.collate(rest))
+        loss = made.trainer.step(made.trainer.collate(made.trainer.read(first)), steps=2)
+        made.trainer.step(made.trainer.collate(made.trainer.read(rest)))
         (line,) = made.lines()
     assert line["loss"] == loss
     assert line["loss"] - line["penalty"] == pytest.approx(math.log(2) / 4, abs=1e-5)
@@ -184,7 +187,7 @@ def test_the_loss_of_a_step_is_that_of_its_pairs(tmp_path: Path) -> None:
 def test_the_extent_of_a_stage_is_told(layout: RowLayout, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with prepared(tmp_path, f"model.row_layout={layout.value}") as made, caplog.at_level(logging.INFO, "lifealign.trainer"):
         made.trainer.train(made.pairs)
-        micro_batches = [m for batch in made.plan() for m in made.trainer.collate([made.pairs[i] for i in batch]).micro_batches]
+        micro_batches = [m for batch in made.plan() for m in made.collate(batch).micro_batches]
     tokens = sum(m.rows.tokens for m in micro_batches if m.counted)
     positions = sum(m.rows.input_ids.numel() for m in micro_batches if m.counted)
     (line,) = [record.getMessage() for record in caplog.records if record.name == "lifealign.trainer"]
@@ -249,7 +252,7 @@ def test_a_step_fetches_once(
     usual = distributed.sum_over_ranks
     monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: exchanged.append(values.numel()) or usual(values))
     with prepared(tmp_path, stage=stage, log_every=log_every) as made:
-        batches = [made.trainer.collate([made.pairs[i] for i in batch]) for batch in made.plan()]
+        batches = [made.collate(batch) for batch in made.plan()]
         fetches.clear()
         for number, batch in enumerate(batches):
             made.trainer.step(batch, steps=STEPS if number % log_every == 0 else None)
@@ -322,7 +325,7 @@ def test_collating_ahead_changes_nothing(tmp_path: Path) -> None:
     assert_no_thread_is_left()
     with prepared(tmp_path / "in turn") as made:
         made.trainer.engine.train()
-        found = [made.trainer.step(made.trainer.collate([made.pairs[i] for i in batch])) for batch in made.plan()]
+        found = [made.trainer.step(made.collate(batch)) for batch in made.plan()]
         assert all(value.equal(adapter[name]) for name, value in made.adapter().items())
     assert found == expected
 

@@ -46,7 +46,7 @@ def _show_weights(tracker: Tracker, objective: FPO, predictions: Sequence[Mappin
     """The focal weights that the held-out pairs of each task would have; rows without a reward margin are passed over."""
     margins: dict[str, list[float]] = {}
     for row in predictions:
-        if "margin" in row:
+        if row.get("margin") is not None:
             margins.setdefault(row["task"], []).append(row["margin"])
     for task, values in margins.items():
         tracker.histogram(f"focal_weight/{task}", focal_weights(objective, values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,13 +25,20 @@ from lifealign.models.scoring import ReferenceCounts, ReferenceLogps, score_pair
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by metric, what the policy said of each held-out pair, where the rest came from, and what a judge took."""
+    """Scores by metric, what the policy said of each held-out pair, where the rest came from, and what a judge took.
 
-    scores: dict[str, float]
+    What is no finite number, where the policy overflows on a row, is None: JSON has no NaN, and it is no score.
+    """
+
+    scores: dict[str, float | None]
     predictions: list[dict[str, Any]]
     reference: ReferenceCounts
     judged: JudgeResult | None = None
     reused: int = 0  # answers that were known already
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 @dataclass
@@ -57,7 +65,7 @@ class Evaluator:
             counts = self.reference.ensure(module, self.policy, pairs, **sizes)
             logps, margins, scores = self._preference(module, pairs, sizes)
             for row, (chosen, rejected), margin in zip(rows, logps.tolist(), margins.tolist(), strict=True):
-                row |= {"chosen_logp": chosen, "rejected_logp": rejected, "margin": margin}
+                row |= {"chosen_logp": finite(chosen), "rejected_logp": finite(rejected), "margin": finite(margin)}
         if self.options.generates:
             answered = pairs[: self.options.max_generations]
             keys, texts, reused = self._answers(module, answered)
@@ -71,7 +79,7 @@ class Evaluator:
                 scores["judge"] = judged.score
                 for row, grade in zip(rows, judged.grades, strict=False):
                     row["judge"] = grade
-        return Evaluation({name: scores[name] for name in self.options.metrics}, rows, counts, judged, reused)
+        return Evaluation({name: finite(scores[name]) for name in self.options.metrics}, rows, counts, judged, reused)
 
     def _answers(self, module: nn.Module, pairs: Sequence[Pair]) -> tuple[list[str], list[str], int]:
         """Generation keys, greedy answers, and how many of these were known; only the others are generated."""

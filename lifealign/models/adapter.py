@@ -164,14 +164,15 @@ def save_adapter(policy: Policy, folder: Path) -> None:
     """Write the adapter in PEFT's own layout, so that ``PeftModel.from_pretrained(base, folder)`` opens it.
 
     What a strategy trains beside LoRA stands beside it in a file of its own, which PEFT does not read. Call on every rank;
-    rank 0 writes. The folder is replaced as a whole: a reader sees the old adapter or the new one.
+    rank 0 writes. The folder is replaced as a whole: what is there is the old adapter or the new one, and for a moment nothing.
     """
     model = policy.model
     whole = read_factors(model)
     if not distributed.is_main():
         return
     beside = folder.with_name(folder.name + ".partial")
-    beside.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
+    beside.mkdir(parents=True)
     state = get_peft_model_state_dict(model, state_dict=dict(whole), save_embedding_layers=False)
     save_file({k: v.contiguous() for k, v in state.items()}, beside / WEIGHTS, {"format": "pt"})
     if policy.added:

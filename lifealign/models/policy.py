@@ -124,7 +124,8 @@ def choose_head(policy: Policy, device: torch.device) -> None:
     """Leave the head to the kernel that suits the device if it proves itself here, else to the torch implementation.
 
     Only the forward pass can be held against the model's logits (:func:`choose_layout`). A kernel compiled for a card that
-    nobody has tried must not train with gradients that nobody has seen, so those are compared on this very device.
+    nobody has tried must not train with gradients that nobody has seen, so those are compared on this very device, for a few
+    tokens.
     """
     if device.type == "cpu":
         return  # the torch implementation already

@@ -92,8 +92,7 @@ class ReferenceLogps:
     def __init__(self, cache: CacheOptions | None = None) -> None:
         self._known: dict[bytes, torch.Tensor] = {}
         self._options = cache if cache is not None and cache.enabled else None
-        self.base: str | None = None  # hash of the base, once it is known; the cache asks for it
-        self._hashed = False  # by this process: a checkpoint's word is not taken for it
+        self.base: str | None = None  # hash of the base, once it has been asked for
         self._cache: ReferenceCache | None = None  # on rank 0, likewise
 
     def ensure(
@@ -115,17 +114,22 @@ class ReferenceLogps:
                 self._cache.add([key for key, good in zip(keys, sound, strict=True) if good], scores[sound].numpy())
         return ReferenceCounts(len(pairs), len(found), len(left))
 
+    def identify(self, policy: Policy) -> str:
+        """The hash of the base, which is read once. Call on every rank."""
+        if self.base is None:
+            self.base = base_hash(policy)
+        return self.base
+
     def _cached(self, policy: Policy, missing: Mapping[bytes, Pair]) -> dict[bytes, torch.Tensor]:
         """What the cache holds of the missing pairs. Rank 0 reads for all: what is left is computed by all ranks together."""
         if self._options is None:
             return {}
-        if not self._hashed:
-            self._hashed, self.base = True, base_hash(policy)
-            if distributed.is_main():
-                about = {"model": policy.base.name_or_path, "dtype": str(policy.dtype).removeprefix("torch.")}
-                about["device"] = distributed.device().type
-                folder, limit = reference_folder(self._options.dir), self._options.max_mib * 2**20
-                self._cache = ReferenceCache(folder, self.base, limit, about)
+        base = self.identify(policy)
+        if self._cache is None and distributed.is_main():
+            about = {"model": policy.base.name_or_path, "dtype": str(policy.dtype).removeprefix("torch.")}
+            about["device"] = distributed.device().type
+            folder, limit = reference_folder(self._options.dir), self._options.max_mib * 2**20
+            self._cache = ReferenceCache(folder, base, limit, about)
         found = self._cache.lookup(missing) if self._cache is not None else None
         return {key: torch.tensor(logps) for key, logps in distributed.broadcast_object(found).items()}
 

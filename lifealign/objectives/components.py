@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -23,6 +24,8 @@ class Objective(ABC):
     ``policy`` and ``reference`` are (pairs, 2) summed log-probabilities, chosen first; ``lengths`` are the (pairs, 2) int64
     tokens that they are sums over.
     """
+
+    needs_reference: ClassVar[bool] = True  # False: ``reference`` is not looked at
 
     beta: float = 0.1  # strength of the pull towards the reference
 
@@ -91,6 +94,8 @@ class IPO(Objective):
 @register("objective", "simpo")
 class SimPO(Objective):
     """Simple Preference Optimization: rewards without a reference, normalised by length."""
+
+    needs_reference: ClassVar[bool] = False
 
     beta: float = 2.0  # scale of the mean log-probability of a token
     target_margin: float = 1.0  # the paper's gamma; `gamma` is FPO's focusing exponent, which is something else

@@ -18,7 +18,7 @@ import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -116,7 +116,7 @@ FORCED = "forced.jsonl"
 def record_forced(run: Path, changed: Sequence[str]) -> None:
     """Note that a run goes on from its newest checkpoint with something that is no longer as it was. Rank 0 only."""
     newest = newest_folder(run / "checkpoints")
-    row = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "from": newest.name if newest else None}
+    row = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "from": newest.name if newest else None}
     with open(run / FORCED, "a", encoding="utf-8") as file:
         file.write(json.dumps({**row, "changed": list(changed)}) + "\n")
     console.print(f"resume=force: goes on with {'; '.join(changed)}", markup=False, highlight=False)

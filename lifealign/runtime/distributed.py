@@ -19,7 +19,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
-TIMEOUT = timedelta(minutes=30)
+from lifealign.runtime.options import GIVEN_UP
+
+TIMEOUT = timedelta(seconds=GIVEN_UP)
 
 BUCKET_ELEMENTS = 1 << 20  # of one message, 4 MiB in float32, unless a tensor is larger
 

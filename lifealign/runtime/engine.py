@@ -46,6 +46,7 @@ def deepspeed_config(
         "gradient_clipping": max_grad_norm,
         "zero_optimization": {"stage": zero.stage, **zero.settings},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # with offload_optimizer: torch's AdamW takes its step on the CPU, too
         "steps_per_print": 10**9,
     }
 

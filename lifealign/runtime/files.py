@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,20 @@ def file_seal(path: Path) -> Seal:
             digest.update(part)
             size += len(part)
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Make a folder, and see that files can be written into it; for whoever is about to work for hours towards them.
+
+    Raises:
+        UserError: naming ``key``, where they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{key}: {folder} cannot be written ({error.strerror}); name another folder") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -65,7 +80,7 @@ def json_text(value: Any) -> str:
 
 
 def write_json_lines(path: Path, rows: list[Any]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
 def read_json(path: Path) -> Any:
@@ -106,7 +121,10 @@ def flush_folder(folder: Path) -> None:
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Put a finished folder in the place of another; what was there is removed only after the new one stands."""
+    """Put a finished folder in the place of another; what was there is removed only after the new one stands.
+
+    Between two renames nothing stands there: who is killed then leaves the old one as ``NAME.retired``.
+    """
     flush_folder(new)
     retired = old.with_name(old.name + ".retired")
     shutil.rmtree(retired, ignore_errors=True)

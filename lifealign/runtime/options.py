@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib.util import find_spec
@@ -38,18 +37,22 @@ class RunOptions:
             check_name("run.name", self.name)
 
 
+GIVEN_UP = 1800
+"""Seconds after which a process group gives up by itself, and names nobody."""
+
+
 @dataclass
 class RuntimeOptions:
     """``runtime.*``: when several ranks give up on one of them. In seconds; None: never."""
 
     silence_timeout: float | None = 60.0  # without a sign of life: stopped, gone, or behind a cut link
-    hang_timeout: float | None = 1200.0  # in which a rank that is alive has held the others up; below the process group's 1800
+    hang_timeout: float | None = 1200.0  # in which a rank that is alive has held the others up
 
     def __post_init__(self) -> None:
         for key in ("silence_timeout", "hang_timeout"):
             value = getattr(self, key)
-            if value is not None and not 5 <= value < math.inf:
-                raise UserError(f"runtime.{key}={value}: must be at least 5 seconds; null switches it off")
+            if value is not None and not 5 <= value < GIVEN_UP:
+                raise UserError(f"runtime.{key}={value}: must be from 5 to below {GIVEN_UP} seconds; null switches it off")
 
 
 @dataclass
@@ -88,5 +91,8 @@ class TrackingOptions:
     def __post_init__(self) -> None:
         if self.log_every < 1:
             raise UserError(f"tracking.log_every={self.log_every}: must be at least 1")
+
+    def check(self) -> None:
+        """Raises UserError where a sink's package is not there; for whoever is about to track a run, and not to read one."""
         if SinkName.tensorboard in self.sinks and find_spec("tensorboard") is None:
             raise UserError("tracking.sinks: tensorboard is not installed; install lifealign[tensorboard], or leave it out")

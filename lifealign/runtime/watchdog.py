@@ -45,6 +45,7 @@ class Whereabouts:
 
     def __init__(self) -> None:
         self.text, self.count = "", 0
+        self.waits = False
 
     def say(self, text: str) -> None:
         self.text = text
@@ -52,6 +53,16 @@ class Whereabouts:
 
     def tick(self) -> None:
         self.count += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, the process waits for others, though it may look like one that works: on an accelerator a collective returns
+        at once, and who asks for its result waits."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
 
 
 here = Whereabouts()
@@ -201,7 +212,7 @@ class _Watch:
         mark = here.count, *((frame.f_code, frame.f_lasti) for frame in frames)
         if mark != self._mark:
             self._mark, self._since = mark, now
-        waits = any(part in frame.f_code.co_filename for frame in frames for part in WAITING)
+        waits = here.waits or any(part in frame.f_code.co_filename for frame in frames for part in WAITING)
         inner = frames[0].f_code.co_name + f" ({os.path.basename(frames[0].f_code.co_filename)}, line {frames[0].f_lineno})"
         return Seen(now, socket.gethostname(), here.text, inner, now - self._since if waits else 0.0)
 

@@ -120,7 +120,7 @@ class GradientEpisodicMemory(EpisodicMemory):
     """
 
     margin: float = 0.5  # gamma: least multiple of each past gradient that is added where any constraint is violated
-    memory_batch: int | None = 16  # pairs of each past task's memory that a step looks at; null: all of them
+    memory_batch: int | None = None  # pairs of each past task's memory that a step looks at; null, as in the paper: all
     gradients: Gradients = Gradients.current
 
     def __post_init__(self) -> None:

@@ -100,3 +100,10 @@ class Distillation(Strategy):
 
     def load_state_dict(self, state: State) -> None:
         self.answers = state.values["answers"]
+
+    def stage_state(self) -> State:
+        """The answers that this stage is held to: drawn again, on another device, a token of them might be another."""
+        return self.state_dict()
+
+    def load_stage_state(self, state: State) -> None:
+        self.load_state_dict(state)

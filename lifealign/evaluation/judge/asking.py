@@ -57,8 +57,8 @@ def ask_all(questions: Sequence[Question], options: JudgeOptions, folder: Path, 
             failures = _ask_missing(missing, endpoint, cache, signals)
     except BudgetSpent:
         raise UserError(
-            f"evaluation.judge.max_requests={budget.most}: all are sent, {still_open()}; verdicts so far are kept, so raise "
-            "the number and give the command again"
+            f"evaluation.judge.max_requests={budget.most}: all are sent, {still_open()}; verdicts so far are kept, and the "
+            "same command goes on, with as many again"
         ) from None
     finally:
         endpoint.close()
