@@ -27,4 +27,4 @@ def take_ranks(arguments: list[str]) -> tuple[int | None, list[str]]:
 if __name__ == "__main__":
     with exit_codes():
         ranks, sys.argv[1:] = take_ranks(sys.argv[1:])
-        hydra_command(partial(validate, ranks=ranks))
+        hydra_command(partial(validate, ranks=ranks), leaves_notes=False)

@@ -34,14 +34,19 @@ def make_policy(config: Config, tasks: Sequence[Task]) -> Policy:
     return policy
 
 
+def judged_tasks(config: Config) -> list[tuple[str, str | None]]:
+    """Each task, and the task whose rows it reads, if that is another one: their criteria are what a judge goes by."""
+    sources = config.sequence.sources
+    return [(task, sources[task].of if task in sources else None) for task in config.sequence.tasks]
+
+
 def make_evaluator(config: Config, policy: Policy, reference: ReferenceLogps, tokenizer: PreTrainedTokenizerBase) -> Evaluator:
     """What scores a run's tasks, with the judge that it names, if any.
 
     Raises:
         UserError: where the judge cannot be asked; before hours of training, and not after.
     """
-    options, sources, judge = config.evaluation, config.sequence.sources, None
+    options, judge = config.evaluation, None
     if "judge" in options.metrics:
-        tasks = {task: sources[task].of if task in sources else None for task in config.sequence.tasks}
-        judge = Judge(options.judge, judge_folder(config.cache.dir), tasks)
+        judge = Judge(options.judge, judge_folder(config.cache.dir), dict(judged_tasks(config)))
     return Evaluator(policy, reference, tokenizer, options, beta=config.objective.beta, judge=judge)

@@ -26,8 +26,11 @@ from lifealign.runtime.options import CheckpointOptions, Resume, RunOptions, Run
 from lifealign.stages import StageOptions
 from lifealign.strategies import Strategy  # noqa: F401  registers the strategies
 
-INCIDENTAL = ("run", "resume", "tracking", "checkpoint", "cache", "runtime")
-"""Sections that say how a run is kept and watched, and nothing, beyond rounding, about what it computes."""
+ASKING = ("base_url", "api_key_env", "concurrency", "timeout", "attempts", "backoff", "max_requests")
+"""Of ``evaluation.judge``: how a judge is reached, where the others say which judge it is and what it is asked."""
+
+INCIDENTAL = ("run", "resume", "tracking", "checkpoint", "cache", "runtime", *(f"evaluation.judge.{key}" for key in ASKING))
+"""Sections and keys that say how a run is kept and watched, and nothing, beyond rounding, about what it computes."""
 
 COMPONENTS = ("objective", "strategy")
 """Sections whose schema is that of a registered component."""
@@ -136,8 +139,7 @@ def _masked(value: Any, key: str = "") -> Any:
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
     """sha256 over the settings that matter, of what ``config.yaml`` holds; the same however a run is kept and watched."""
-    values = {key: value for key, value in settings.items() if key not in INCIDENTAL}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_that_matter(settings), sort_keys=True).encode()).hexdigest()
 
 
 def run_name(composed: DictConfig) -> str:
@@ -148,12 +150,19 @@ def run_name(composed: DictConfig) -> str:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """``key: before -> now`` for every setting that matters and is not the same."""
-    flat_before, flat_now = _flat(before), _flat(now)
-    keys = sorted(k for k in {*flat_before, *flat_now} if k.split(".")[0] not in INCIDENTAL)
+    then, those = _that_matter(before), _that_matter(now)
     gone = object()
     return [
-        f"{k}: {flat_before.get(k)} -> {flat_now.get(k)}" for k in keys if flat_before.get(k, gone) != flat_now.get(k, gone)
+        f"{key}: {then.get(key)} -> {those.get(key)}"
+        for key in sorted({*then, *those})
+        if then.get(key, gone) != those.get(key, gone)
     ]
+
+
+def _that_matter(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """By dotted key."""
+    flat = _flat(dict(settings))
+    return {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{part}.") for part in INCIDENTAL)}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

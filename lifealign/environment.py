@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import sys
 import warnings
 
 SETTINGS = {
@@ -24,6 +26,9 @@ def prepare_process() -> None:
     """Call first of all in a command. What the user has set stays."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal whose encoding lacks a sign gets another, and no error
     warnings.simplefilter("ignore")
     logging.captureWarnings(True)
     logging.getLogger().addHandler(logging.NullHandler())

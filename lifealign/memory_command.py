@@ -174,7 +174,7 @@ def _identity(entry: Entry) -> dict[str, Any]:
 
 def _score(run: Path, adapter: Path, console: Console) -> None:
     """Score an edited adapter on every task the run has finished, and print it beside the scores of the run's own."""
-    from lifealign.evaluation.scores import METRICS, metric_info
+    from lifealign.evaluation.scores import METRICS, format_score, metric_info
     from lifealign.memory.edit import finished_adapters
     from lifealign.rescore import Scorer
 
@@ -188,12 +188,13 @@ def _score(run: Path, adapter: Path, console: Console) -> None:
     write_json(adapter / "scores.json", {"scores": scores})
     table = Table(box=None, pad_edge=False)
     table.add_column("Task", no_wrap=True)
-    metrics = [metric for metric in METRICS if metric in before]
+    metrics = [metric for metric in METRICS if metric in before and metric in scorer.config.evaluation.metrics]
     for metric in metrics:
         table.add_column(metric_info(metric).title, justify="right")
     for number, (task, values) in enumerate(scores.items()):
         was = [before[metric]["matrix"][finished - 1][number] for metric in metrics]
-        table.add_row(task, *(f"{old:.2f} → {values[metric]:.2f}" for old, metric in zip(was, metrics, strict=True)))
+        pairs = [(old, values[metric]) for old, metric in zip(was, metrics, strict=True)]
+        table.add_row(task, *(f"{format_score(old)} → {format_score(new)}" for old, new in pairs))
     console.print(table, highlight=False)
 
 

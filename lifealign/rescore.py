@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.table import Table
 
 from lifealign.assembly import make_evaluator, make_policy
 from lifealign.assets import SIX_DOMAINS
-from lifealign.config import Config, build, load_run
+from lifealign.config import Config, build, differences, load_run, resolved
 from lifealign.data.tasks import Task, load_tasks
 from lifealign.errors import UserError
 from lifealign.evaluation.evaluate import Evaluation
@@ -22,7 +23,7 @@ from lifealign.models.loading import load_tokenizer
 from lifealign.models.scoring import ReferenceLogps
 from lifealign.runtime import distributed
 from lifealign.runtime.engine import inference_engine
-from lifealign.runtime.files import read_json_lines, write_json, write_json_lines
+from lifealign.runtime.files import check_writable, read_json_lines, read_yaml, write_json, write_json_lines, write_text
 from lifealign.runtime.terminal import console
 
 
@@ -96,11 +97,15 @@ def rescore(folder: Path, overrides: Sequence[str], adapter: str | None = None, 
         The matrix, where there is one.
 
     Raises:
-        UserError: where the folder holds no run, or no such task of it is finished.
+        UserError: where the folder holds no run, no such task of it is finished, or ``to`` holds scores made with other
+            settings.
     """
-    load_run(folder)  # before anything else is looked for in it
+    settings, to = resolved(load_run(folder, overrides)), to or folder / "rescored"
     chosen = finished_adapters(folder) if adapter is None else [task_adapter(folder, adapter)]
-    scorer, to = Scorer(folder, overrides), to or folder / "rescored"
+    scorer = Scorer(folder, overrides)
+    with distributed.failing_together(UserError):
+        if distributed.is_main():
+            _take_folder(to, settings)
     if adapter is None and scorer.is_own_sequence:
         book = _rescore_matrix(scorer, chosen, to)
     else:
@@ -110,6 +115,20 @@ def rescore(folder: Path, overrides: Sequence[str], adapter: str | None = None, 
         console.print(f"answers: {scorer.answers['reused']} taken over, {scorer.answers['generated']} generated")
     console.print(f"written: {to}", highlight=False, markup=False)
     return book
+
+
+def _take_folder(to: Path, settings: Mapping[str, Any]) -> None:
+    """Begin to score into a folder, with a note of the settings: scores made with others are not written over.
+
+    Raises:
+        UserError: where there are such, or the folder cannot be written.
+    """
+    check_writable(to, "to")
+    note = to / "settings.yaml"
+    changed = differences(read_yaml(note), dict(settings)) if note.exists() else []
+    if changed:
+        raise UserError(f"{to}: holds scores made with another {changed[0]}; name another folder, to=DIR, or remove this one")
+    write_text(note, yaml.safe_dump(dict(settings), sort_keys=False))
 
 
 def _rescore_matrix(scorer: Scorer, adapters: Sequence[Path], to: Path) -> ScoreBook:

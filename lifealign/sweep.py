@@ -104,14 +104,14 @@ def _values(overrides: Sequence[str], keys: Iterable[str]) -> dict[str, Any]:
     return {key: chosen[key] for key in keys if key in chosen}
 
 
-def swept_keys(arguments: Sequence[str]) -> list[str]:
+def swept_keys(overrides: Sequence[str]) -> list[str]:
     """Keys for which a command line gives several values.
 
     Raises:
         HydraException: for an override that cannot be read.
     """
-    overrides = OverridesParser.create().parse_overrides([word for word in arguments if not word.startswith("-")])
-    return [override.key_or_group for override in overrides if override.is_sweep_override()]
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [override.key_or_group for override in parsed if override.is_sweep_override()]
 
 
 def note(here: Job, exit_code: int, error: str | None) -> None:

@@ -29,7 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -281,9 +281,9 @@ def main() -> int:
             dice = random.Random(f"{args.seed}/{number}")
             ranks = dice.choice(("1", "2", "any")) if args.ranks == "random" else args.ranks
             name, kills = f"run-{number}-ranks-{ranks}", args.kills or dice.randint(5, 15)
-            print(f"{datetime.now(timezone.utc):%H:%M:%S} {name}: {kills} kills", flush=True)
+            print(f"{datetime.now(UTC):%H:%M:%S} {name}: {kills} kills", flush=True)
             came = soak(folder, name, how, kills=kills, ranks=ranks, seed=args.seed, corruption=args.corrupt)
-            print(f"{datetime.now(timezone.utc):%H:%M:%S} {name}: {came}", flush=True)
+            print(f"{datetime.now(UTC):%H:%M:%S} {name}: {came}", flush=True)
             print(summary(Run(Path(), folder / name / "kills.jsonl").lines()), flush=True)
             if args.kills is not None and came["kills"] < args.kills:
                 raise Failed(f"{name}: it was over after {came['kills']} kills; another --seed, or fewer --kills")

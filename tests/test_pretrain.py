@@ -389,3 +389,11 @@ def test_too_little_text_and_rows_of_no_known_form_are_told(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"two files are named 'short\.txt'"):
         fingerprint([tmp_path / "short.txt", tmp_path / "deep" / "short.txt"], None)
     assert Corpus().words() == []
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    text, file = tmp_path / "text.txt", tmp_path / "file"
+    text.write_text("word\n")
+    file.touch()
+    with pytest.raises(UserError, match=r"^--to: .*file cannot be written \("):
+        make_base([text], None, file / "base", PretrainOptions())

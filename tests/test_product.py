@@ -431,7 +431,7 @@ def test_memory_that_is_not_finite_is_an_error() -> None:
 
 
 def test_factors_and_their_pairs() -> None:
-    names = ["x.lora_B.default.weight", "x.lora_A.default.weight", "e.lora_embedding_A.default", "e.lora_embedding_B.default"]
+    names = ["x.lora_B.default.weight", "x.lora_A.default.weight", "e.lora_A.default.weight", "e.lora_B.default.weight"]
     expected = {"x": (names[1], names[0]), "e": (names[2], names[3])}
     assert pair_factors(names) == expected
     for lone in ("x.lora_A.default.weight", "x.lora_B.default.weight"):

@@ -135,9 +135,9 @@ def test_rows_that_the_run_never_met(run: Path, tmp_path: Path) -> None:
     words = f"data.root={tmp_path / 'set'}", "sequence.tasks=[jokes]", "evaluation.metrics=[rouge_l,mean_log_sigmoid]"
     done(run, *words, f"to={tmp_path / 'scored'}")
     assert not (run / "rescored").exists()
-    assert sorted(path.name for path in (tmp_path / "scored").iterdir()) == ["01_instruct", "02_hc3"]
+    assert sorted(path.name for path in (tmp_path / "scored").iterdir()) == ["01_instruct", "02_hc3", "settings.yaml"]
     values = []
-    for path in sorted((tmp_path / "scored").iterdir()):
+    for path in sorted((tmp_path / "scored").glob("0*")):
         scores = json.loads((path / "scores.json").read_text())["scores"]
         assert set(scores) == {"jokes"}
         assert set(scores["jokes"]) == {"rouge_l", "mean_log_sigmoid"}
@@ -202,3 +202,15 @@ def test_an_adapter_as_wide_as_its_sequence_needs_as_many_tasks() -> None:
     _check_adapter(composed(), composed("sequence.tasks=[safe_rlhf,hc3]"))
     with pytest.raises(UserError, match="name 2 tasks"):
         _check_adapter(composed(), composed("sequence.tasks=[hc3]"))
+
+
+def test_scores_made_with_other_settings_are_not_written_over(run: Path) -> None:
+    done(run, "evaluation.metrics=[chosen_nll]")
+    before = (run / "rescored" / "scores.json").read_bytes()
+    ended = evaluate(run, "evaluation.metrics=[preference_accuracy]")
+    assert ended.code == 2 and "holds scores made with another evaluation.metrics: ['chosen_nll'] ->" in ended.err
+    assert "to=DIR" in ended.err and ended.err.count("\n") == 1
+    assert (run / "rescored" / "scores.json").read_bytes() == before
+    done(run, "evaluation.metrics=[preference_accuracy]", f"to={run / 'rescored' / 'accuracy'}")
+    done(run, "evaluation.metrics=[chosen_nll]")  # the same again
+    assert (run / "rescored" / "scores.json").read_bytes() == before

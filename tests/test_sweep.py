@@ -321,9 +321,13 @@ def test_a_launcher_that_is_not_there_says_how_to_get_it(tmp_path: Path) -> None
     assert ended.err == f"error: hydra/launcher=nowhere: {said}\n"
 
 
+def test_a_folder_of_presets_of_ones_own_goes_with_a_sweep(tmp_path: Path) -> None:
+    ended = end_here(lambda: hydra_command(lambda _: None), "--config-dir", str(tmp_path), "-m", *QUICK, "seed=0,1")
+    assert (ended.code, ended.err) == (0, "")
+
+
 def test_varied_keys_are_those_with_several_values() -> None:
     words = [
-        "-m",
         "+sequence=six_domains",
         "sequence.tasks=[a,b]",
         "seed=0,1",

@@ -232,3 +232,25 @@ def test_weights_are_not_needed(tmp_path: Path) -> None:
     ended = validate(f"model.path={model}")
     assert (ended.code, ended.err) == (0, "")
     assert "The configuration is valid" in ended.out
+
+
+# -- what a run would refuse -------------------------------------------------------------------------------------------
+
+
+def test_a_judge_that_is_not_named_or_has_no_criterion() -> None:
+    assert "evaluation.judge: no judge is named" in told(validate("evaluation.metrics=[judge]"))
+    named = "evaluation.metrics=[judge]", "evaluation.judge.local=somewhere", "evaluation.judge.rubrics.hc3=nothing"
+    assert "evaluation.judge.rubrics.hc3=nothing: unknown criterion" in told(validate(*named))
+
+
+def test_a_quantised_base_that_cannot_be_had() -> None:
+    assert "model.quantization=nf4: " in told(validate("model.quantization=nf4", "zero=3"))
+
+
+def test_a_sweep_is_gone_through_and_one_that_was_trained_there_keeps_its_notes(tmp_path: Path) -> None:
+    note = tmp_path / "sweep" / "jobs" / "0.json"
+    note.parent.mkdir(parents=True)
+    note.write_text("{}")
+    ended = validate("-m", "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert ended.code == 0 and ended.out.count("The configuration is valid; nothing was trained.") == 2
+    assert [path.name for path in note.parent.iterdir()] == ["0.json"] and note.read_text() == "{}"

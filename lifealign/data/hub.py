@@ -11,7 +11,7 @@ from typing import Any
 
 from lifealign.data.options import HubSource
 from lifealign.data.rows import Rows
-from lifealign.errors import UserError
+from lifealign.errors import UserError, library_line
 
 HOLD_OUT_SEED = 0  # not the run's seed: every run must be scored on the same held-out rows
 
@@ -25,7 +25,7 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
         try:
             return datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True).to_list()
         except Exception as error:  # datasets wraps whatever pyarrow raised in errors of its own; texts may be no UTF-8
-            raise UserError(f"{path}: not a Parquet file ({_one_line(error.__cause__ or error)})") from error
+            raise UserError(f"{path}: not a Parquet file ({library_line(error.__cause__ or error)})") from error
 
 
 def read_hub(source: HubSource) -> tuple[Rows, Rows]:
@@ -61,7 +61,7 @@ def _load(source: HubSource, split: str) -> Rows:
             items = datasets.load_dataset(source.path, split=split, **options).to_list()
         except Exception as error:  # no network, no such data set, configuration, split or right: a dozen classes
             raise UserError(
-                f"hub data set '{place}', split '{split}': {_one_line(error)}; check the name and the network, "
+                f"hub data set '{place}', split '{split}': {library_line(error)}; check the name and the network, "
                 f"or give local files with data.hub=false data.root=FOLDER"
             ) from error
     if not items:
@@ -79,7 +79,3 @@ def _quiet(datasets: Any) -> Iterator[None]:
     finally:
         if shown:
             datasets.enable_progress_bars()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import jinja2
@@ -15,6 +17,11 @@ from lifealign.errors import UserError
 
 CUT = "response cut to nothing"
 EQUAL_CUT = "equal after truncation"
+
+TODAY = datetime(2024, 7, 26)
+"""The day in every run, for templates that write it: that which Llama 3's falls back on."""
+
+_DAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 _CHUNK = 256  # rows rendered before the tokenizer is called: it works on many texts at once
 
@@ -30,6 +37,14 @@ class Pair:
     prompt_text: str  # readable, whole even where the ids were cut
     chosen_text: str
     rejected_text: str
+
+
+def apply_template(tokenizer: Any, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> str:
+    """A conversation as the tokenizer's chat template writes it; the same on every day."""
+    template = _DAY.sub(lambda call: repr(TODAY.strftime(call[2])), tokenizer.get_chat_template())
+    return tokenizer.apply_chat_template(
+        turns, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
 
 
 @dataclass(frozen=True)
@@ -112,7 +127,7 @@ class PairTokenizer:
 
     def _template(self, turns: list[Turn], id: str, add_generation_prompt: bool = False) -> str:
         try:
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+            return apply_template(self.tokenizer, turns, add_generation_prompt=add_generation_prompt)
         except jinja2.TemplateError as error:
             roles = ", ".join(turn["role"] for turn in turns)
             reason = " ".join(str(error).split())

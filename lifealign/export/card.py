@@ -70,7 +70,8 @@ def _front_matter(subject: Subject, config: Config) -> str:
 
 
 def _about(subject: Subject, config: Config) -> Iterator[str]:
-    lora, what = config.model.lora, "Merged weights" if subject.merged else "A LoRA adapter in PEFT's layout"
+    lora = config.strategy.lora(config.model.lora, len(config.sequence.tasks))
+    what = "Merged weights" if subject.merged else "A LoRA adapter in PEFT's layout"
     yield (
         f"{what}, made by [LifeAlign](https://arxiv.org/abs/2509.17183): one language model aligned to a sequence of "
         "preference tasks, one after another. Its use is bound by the licences of the base and of the data."

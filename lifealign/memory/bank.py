@@ -16,7 +16,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ class MemoryBank:
         entry = {
             "name": name,
             **about,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "hashes": {
                 "update": _combined(details["tensors"]),
                 **hashes,

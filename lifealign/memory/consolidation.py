@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ BATCH_ELEMENTS = 1 << 20
 copies cost little memory. A history in bfloat16 is copied as well, at twice its size."""
 
 
-class Space(str, Enum):
+class Space(StrEnum):
     """What is consolidated: the factors of an adapter each by itself, or their product."""
 
     factors = "factors"

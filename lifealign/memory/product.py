@@ -282,7 +282,7 @@ def pair_factors(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """
     layers: dict[str, dict[str, str]] = defaultdict(dict)
     for name in names:
-        parts = re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(?:\..+)?", name)
+        parts = re.fullmatch(r"(.+)\.lora_([AB])(?:\..+)?", name)
         assert parts is not None, f"{name} is no LoRA factor"
         layers[parts[1]][parts[2]] = name
     for layer, sides in layers.items():

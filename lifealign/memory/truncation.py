@@ -13,7 +13,7 @@ Three ways to the same truncation:
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ OVERSAMPLING = 8
 FIRST_BLOCK = 24  # directions of the first sketch, oversampling included; each further one doubles the rank
 
 
-class SVDMethod(str, Enum):
+class SVDMethod(StrEnum):
     """How singular directions are found; see the module."""
 
     auto = "auto"

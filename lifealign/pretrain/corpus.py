@@ -15,6 +15,7 @@ from lifealign.data.options import Columns, DataOptions
 from lifealign.data.rows import Rows
 from lifealign.data.rules import read_preferences
 from lifealign.data.schema import read_row
+from lifealign.data.tokenize import apply_template
 from lifealign.data.turns import RowMistake, Turn
 from lifealign.errors import UserError
 
@@ -137,7 +138,7 @@ def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, block: int, generat
     """
     documents = [text for texts in corpus.texts.values() for text in texts]
     for chats in corpus.chats.values():
-        documents += [str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats]
+        documents += [apply_template(tokenizer, chat) for chat in chats]
     order = torch.randperm(len(documents), generator=generator).tolist()
     ids = tokenizer([documents[i] + tokenizer.pad_token for i in order], verbose=False)["input_ids"]
     stream = torch.tensor([token for document in ids for token in document])

@@ -21,7 +21,7 @@ from lifealign.pretrain.loop import evaluate, split, train
 from lifealign.pretrain.model import new_network, new_tokenizer, save
 from lifealign.pretrain.options import PretrainOptions
 from lifealign.runtime import distributed
-from lifealign.runtime.files import read_json, replace_folder, write_json
+from lifealign.runtime.files import check_writable, read_json, replace_folder, write_json
 from lifealign.runtime.terminal import console
 
 FORMAT = 1
@@ -44,6 +44,7 @@ def make_base(texts: Sequence[Path], root: Path | None, to: Path | None, options
     key = hashlib.sha256(json.dumps([FORMAT, asdict(options), inputs], sort_keys=True).encode()).hexdigest()
     folder = reference_folder(None).with_name("bases") / key[:16] if to is None else to
     if not _stands(folder, key):
+        check_writable(folder.parent, "--to")
         corpus = read_corpus(texts, root, options.skip_train)
         _make(folder, corpus, options, {"key": key, "format": FORMAT, "options": asdict(options), "inputs": inputs})
     return folder
