@@ -204,7 +204,7 @@ def test_the_card_says_what_the_run_says(run: Path, tmp_path: Path) -> None:
     for task, values in scores.items():
         assert f"| {task} | {values['preference_accuracy']:.2f} |" in card
     assert card.index("| 1 | instruct |") < card.index("| 2 | hc3 |")
-    assert "fpo (beta=0.1, gamma=2.0" in card
+    assert "fpo (beta=0.1, gamma=2.0" in card and "LoRA, r=8, alpha=16" in card
     settings = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert settings["sft"] == yaml.safe_load((run / "config.yaml").read_text())["sft"]
     assert set(settings["sequence"]["sources"]) == {"instruct", "hc3"}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from support import QUICK, REPOSITORY, Ended, command, end_here, launch, train_here
+from support import QUICK, REPOSITORY, Ended, command, end_here, environment, launch, train_here
 
 import lifealign.trainer
 from lifealign.assets import SIX_DOMAINS, TINY_MODEL
@@ -496,3 +497,14 @@ def test_divergence_as_a_command_tells_it(tmp_path: Path, monkeypatch: pytest.Mo
     assert ended.code == DIVERGED == 3
     (line,) = ended.err.splitlines()
     assert line.startswith("error: loss is nan at step 1 of the preference stage of task instruct")
+
+
+# -- terminals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_without_a_sign_gets_another_and_no_error() -> None:
+    """Latin-1 has no sigma, which stands in the closing table of every run."""
+    code = "from lifealign.environment import prepare_process; prepare_process(); print('log \\N{GREEK SMALL LETTER SIGMA}(r)')"
+    words = [sys.executable, "-c", code]
+    ended = subprocess.run(words, env={**environment(), "PYTHONIOENCODING": "latin-1"}, capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"log ?(r)\n", b"")
