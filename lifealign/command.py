@@ -84,7 +84,7 @@ def hydra_command(
     with exit_codes() as codes:
         sys.argv = [sys.argv[0], *prepare_arguments(sys.argv[1:])]
         if not leaves_notes:
-            sys.argv.append(f"hydra.sweep.dir={_nowhere()}")
+            sys.argv = [sys.argv[0], *_with_overrides(sys.argv[1:], f"hydra.sweep.dir={_nowhere()}")]
         parser = get_args_parser()
         parser.error = _refuse_arguments  # type: ignore[method-assign]  as below
         given = parser.parse_args()
@@ -221,8 +221,15 @@ def prepare_arguments(arguments: Iterable[str]) -> list[str]:
     prepared = [_group_override(argument) for argument in without_local_rank(arguments)]
     prepared.sort(key=lambda argument: argument not in ("-m", "--multirun"))
     if not distributed.is_main():
-        prepared += [f"hydra.run.dir={_nowhere()}", f"hydra.sweep.dir={_nowhere()}"]
+        return _with_overrides(prepared, f"hydra.run.dir={_nowhere()}", f"hydra.sweep.dir={_nowhere()}")
     return prepared
+
+
+def _with_overrides(arguments: Sequence[str], *more: str) -> list[str]:
+    """Arguments with overrides that beat those among them, and stand behind these: Hydra takes overrides in one place only."""
+    own = [place for place, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-")]
+    end = own[-1] + 1 if own else len(arguments)
+    return [*arguments[:end], *more, *arguments[end:]]
 
 
 def _nowhere() -> Path:

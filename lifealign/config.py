@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from lifealign.data.options import DataOptions, SequenceOptions
 from lifealign.errors import UserError, library_line
+from lifealign.evaluation.judge.options import JudgeOptions
 from lifealign.evaluation.options import EvaluationOptions
 from lifealign.models.options import CacheOptions, ModelOptions
 from lifealign.objectives import Objective  # noqa: F401  registers the objectives
@@ -26,11 +27,11 @@ from lifealign.runtime.options import CheckpointOptions, Resume, RunOptions, Run
 from lifealign.stages import StageOptions
 from lifealign.strategies import Strategy  # noqa: F401  registers the strategies
 
-ASKING = ("base_url", "api_key_env", "concurrency", "timeout", "attempts", "backoff", "max_requests")
-"""Of ``evaluation.judge``: how a judge is reached, where the others say which judge it is and what it is asked."""
+INCIDENTAL = ("run", "resume", "tracking", "checkpoint", "cache", "runtime")
+"""Sections that say how a run is kept and watched, and nothing, beyond rounding, about what it computes."""
 
-INCIDENTAL = ("run", "resume", "tracking", "checkpoint", "cache", "runtime", *(f"evaluation.judge.{key}" for key in ASKING))
-"""Sections and keys that say how a run is kept and watched, and nothing, beyond rounding, about what it computes."""
+ASKING = ("base_url", "api_key_env", "concurrency", "timeout", "attempts", "backoff", "max_requests")
+"""Of ``evaluation.judge``: how a judge is reached, likewise. The others say which judge it is and what it is asked."""
 
 COMPONENTS = ("objective", "strategy")
 """Sections whose schema is that of a registered component."""
@@ -139,7 +140,7 @@ def _masked(value: Any, key: str = "") -> Any:
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
     """sha256 over the settings that matter, of what ``config.yaml`` holds; the same however a run is kept and watched."""
-    return hashlib.sha256(json.dumps(_that_matter(settings), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(that_matter(settings), sort_keys=True).encode()).hexdigest()
 
 
 def run_name(composed: DictConfig) -> str:
@@ -150,7 +151,7 @@ def run_name(composed: DictConfig) -> str:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """``key: before -> now`` for every setting that matters and is not the same."""
-    then, those = _that_matter(before), _that_matter(now)
+    then, those = _flat(that_matter(before)), _flat(that_matter(now))
     gone = object()
     return [
         f"{key}: {then.get(key)} -> {those.get(key)}"
@@ -159,10 +160,13 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def _that_matter(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """By dotted key."""
-    flat = _flat(dict(settings))
-    return {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{part}.") for part in INCIDENTAL)}
+def that_matter(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without those that are incidental; how a judge is reached is as it would be where nothing were said."""
+    kept = {key: value for key, value in settings.items() if key not in INCIDENTAL}
+    if "judge" in kept.get("evaluation", {}):
+        usual = {key: getattr(JudgeOptions(), key) for key in ASKING}
+        kept["evaluation"] = {**kept["evaluation"], "judge": {**kept["evaluation"]["judge"], **usual}}
+    return kept
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -183,7 +183,8 @@ class Lifelong:
         ) as engine:
             if stage.name == "preference" and self.config.objective.needs_reference:
                 with self.timing.of("reference"), stopping_between_batches(self._stop_if_asked):
-                    self._ensure_reference(engine, pairs, context.task, log_it=midway is None)
+                    kept = self.strategy.kept_pairs()
+                    self._ensure_reference(engine, [*pairs, *kept], context.task, log_it=midway is None)
             trainer = Trainer(
                 engine=engine,
                 stage=stage,
@@ -400,14 +401,17 @@ class Lifelong:
         write_factors(self.policy.model, parts["adapter"], dict.fromkeys(parts["adapter"], 0))
         write_added(self.policy, parts["added"])
         base = state.get("base")
-        if base is not None:
-            forced += check_base(self.folder, base, self.reference.identify(self.policy), force=force)
-        self.reference.load_state_dict(parts["reference"])
+        other: list[str] = []
+        if base is not None and self.position.task < len(self.plan):
+            other = check_base(self.folder, base, self.reference.identify(self.policy), force=force)
+        forced += other
+        if not other:  # another base says other things of the same pairs
+            self.reference.load_state_dict(parts["reference"])
         with self._told():
             self.strategy.load_state_dict(State(state["strategy"], parts["strategy"], found.files))
         self.tracker.rewind(state["metrics_bytes"], state["metrics_sha256"])
         between_phases = {name: tensor for name, tensor in found.tensors.items() if not name.startswith("midway/")}
-        self._between_phases = replace(found, state={**state, "base": self.reference.base}, tensors=between_phases)
+        self._between_phases = replace(found, state={**state, "base": self.reference.base or base}, tensors=between_phases)
         with self._writing():
             if distributed.is_main():
                 take_up_settings(self.folder, self.settings, forced)

@@ -102,10 +102,11 @@ def rescore(folder: Path, overrides: Sequence[str], adapter: str | None = None, 
     """
     settings, to = resolved(load_run(folder, overrides)), to or folder / "rescored"
     chosen = finished_adapters(folder) if adapter is None else [task_adapter(folder, adapter)]
-    scorer = Scorer(folder, overrides)
+    distributed.start()
     with distributed.failing_together(UserError):
         if distributed.is_main():
             _take_folder(to, settings)
+    scorer = Scorer(folder, overrides)
     if adapter is None and scorer.is_own_sequence:
         book = _rescore_matrix(scorer, chosen, to)
     else:
@@ -125,7 +126,8 @@ def _take_folder(to: Path, settings: Mapping[str, Any]) -> None:
     """
     check_writable(to, "to")
     note = to / "settings.yaml"
-    changed = differences(read_yaml(note), dict(settings)) if note.exists() else []
+    scored = any(any(to.glob(names)) for names in ("scores.json", "*.predictions.jsonl", "[0-9]*_*/predictions.jsonl"))
+    changed = differences(read_yaml(note), dict(settings)) if scored and note.exists() else []
     if changed:
         raise UserError(f"{to}: holds scores made with another {changed[0]}; name another folder, to=DIR, or remove this one")
     write_text(note, yaml.safe_dump(dict(settings), sort_keys=False))

@@ -460,7 +460,7 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_every_rank(two: Path) -> Non
 
 @pytest.mark.parametrize("zero", [1, 2])
 def test_the_optimizer_may_be_offloaded(zero: int, tmp_path: Path) -> None:
-    """On a CPU it is where it was, so that the same bits come out."""
+    """On a CPU it is where it was, and the same comes out but for rounding."""
     words = "sequence.tasks=[instruct]", "evaluation.metrics=[chosen_nll]", f"zero={zero}"
     kept = train_here(tmp_path / "kept", *words)
     moved = train_here(tmp_path / "moved", *words, "zero.settings.offload_optimizer.device=cpu")

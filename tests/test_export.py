@@ -17,14 +17,14 @@ from huggingface_hub import metadata_load
 from markdown_it import MarkdownIt
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from support import REPOSITORY, Ended, end_here, train_here
+from support import QUICK, REPOSITORY, Ended, compose_config, end_here, train_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lifealign.export.folder as folder_module
 from lifealign.assets import TINY_MODEL
 from lifealign.config import build, load_run
 from lifealign.evaluation.scores import ScoreBook, closing_rows
-from lifealign.export.card import Subject, model_card
+from lifealign.export.card import Subject, _about, model_card
 from lifealign.export.licences import data_source
 from lifealign.export.markdown import escaped, fenced, table
 from lifealign.export.reload import TOLERANCE, Reload, _refuse
@@ -204,12 +204,19 @@ def test_the_card_says_what_the_run_says(run: Path, tmp_path: Path) -> None:
     for task, values in scores.items():
         assert f"| {task} | {values['preference_accuracy']:.2f} |" in card
     assert card.index("| 1 | instruct |") < card.index("| 2 | hc3 |")
-    assert "fpo (beta=0.1, gamma=2.0" in card and "LoRA, r=8, alpha=16" in card
+    assert "fpo (beta=0.1, gamma=2.0" in card
     settings = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert settings["sft"] == yaml.safe_load((run / "config.yaml").read_text())["sft"]
     assert set(settings["sequence"]["sources"]) == {"instruct", "hc3"}
     assert "run" not in settings and str(run) not in card
     assert "base_model" not in metadata_load(tmp_path / "new" / "README.md"), "a folder is no name on the hub"
+
+
+def test_the_card_says_how_wide_the_adapter_is(tmp_path: Path) -> None:
+    """One of O-LoRA has a block of r for each task, and alpha goes along."""
+    subject = Subject(tmp_path, tmp_path / "02_hc3", "title", merged=False, of_task=None)
+    for strategy, wide in (("olora", "LoRA, r=16, alpha=32, on"), ("er", "LoRA, r=8, alpha=16, on")):
+        assert wide in "\n".join(_about(subject, build(compose_config(*QUICK, f"strategy={strategy}"))))
 
 
 def test_the_code_of_the_card_runs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

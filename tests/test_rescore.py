@@ -214,3 +214,17 @@ def test_scores_made_with_other_settings_are_not_written_over(run: Path) -> None
     done(run, "evaluation.metrics=[preference_accuracy]", f"to={run / 'rescored' / 'accuracy'}")
     done(run, "evaluation.metrics=[chosen_nll]")  # the same again
     assert (run / "rescored" / "scores.json").read_bytes() == before
+
+
+def test_a_scoring_that_came_to_nothing_is_given_again_with_other_settings(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a smaller batch, where memory was short."""
+
+    def short(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(evaluate_module, "score_pairs", short)
+    with pytest.raises(MemoryError):
+        evaluate(run, "evaluation.metrics=[chosen_nll]")
+    assert [path.name for path in (run / "rescored").iterdir()] == ["settings.yaml"]
+    monkeypatch.undo()
+    done(run, "evaluation.metrics=[chosen_nll]", "evaluation.batch_size=2")

@@ -267,17 +267,30 @@ def test_a_stage_that_has_come_further_than_it_now_goes(tmp_path: Path, monkeypa
         train_here(tmp_path / "run", "checkpoint.every=1", "sft.epochs=1", "resume=force")
 
 
-def test_another_base_under_the_same_path_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a folder of a base that is made again, or a name on the hub that comes to mean other weights."""
-    folder = train_here(tmp_path / "run", "sequence.tasks=[instruct]")
+@pytest.mark.parametrize("strategy", ["lifealign", "gem"])
+def test_another_base_under_the_same_path_is_refused(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a folder of a base that is made again, or a name on the hub that comes to mean other weights. Forced, what the old one
+    said of pairs is asked anew, of those that a strategy keeps, too."""
+    save, saved = Lifelong._save, []
+
+    def save_and_stop(self: Lifelong) -> None:
+        save(self)
+        saved.append(None)
+        if len(saved) == 3:
+            raise Interrupted
+
+    chosen, folder = f"strategy={strategy}", tmp_path / "run"
+    monkeypatch.setattr(Lifelong, "_save", save_and_stop)
+    with pytest.raises(Interrupted):
+        train_here(folder, chosen)  # after the first of two tasks
+    monkeypatch.setattr(Lifelong, "_save", save)
     monkeypatch.setattr("lifealign.models.scoring.base_hash", lambda _: "another")
     with pytest.raises(UserError, match="its base was another: other weights stand at model"):
-        train_here(folder, "sequence.tasks=[instruct]")
+        train_here(folder, chosen)
     assert not (folder / "forced.jsonl").exists()
-    train_here(folder, "resume=force")  # one task more
+    train_here(folder, chosen, "resume=force")
     (forced,) = map(json.loads, (folder / "forced.jsonl").read_text().splitlines())
-    assert forced["changed"][-1] == "the base"
-    train_here(folder)  # and that base is the run's from then on
+    assert forced["changed"] == ["the base"]
 
 
 def test_a_run_that_is_to_stop_does_not_wait_for_its_next_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from lifealign.models.adapter import named_factors, read_factors
 from lifealign.models.loading import load_tokenizer, pad_token_id
 from lifealign.models.scoring import ReferenceLogps
 from lifealign.objectives import FPO, PreferenceLoss
-from lifealign.runtime import distributed
+from lifealign.runtime import distributed, watchdog
 from lifealign.runtime.engine import deepspeed_config, training_engine
 from lifealign.runtime.optimizer import read_optimizer
 from lifealign.runtime.tracking import Tracker
@@ -378,3 +378,14 @@ def test_an_error_of_collating_comes_out_at_its_step(number: int, tmp_path: Path
         made.trainer.train(made.pairs)
     assert sum(taken) == number - 1
     assert_no_thread_is_left()
+
+
+def test_who_fetches_a_steps_loss_is_seen_to_wait_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator it stands in no file of torch.distributed."""
+    seen, usual = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: seen.append(watchdog.here.waits) or usual(self))
+    with prepared(tmp_path) as made:
+        batch = made.collate(list(range(BATCH)))
+        seen.clear()
+        made.trainer.step(batch)
+    assert True in seen and not watchdog.here.waits

@@ -410,6 +410,16 @@ def test_held_out_rows_that_come_twice_are_drawn_once(study: Grid, results: list
     assert widths[1] / widths[0] == pytest.approx(math.sqrt(2), rel=0.15)
 
 
+def test_a_pair_on_which_the_policy_overflowed_leaves_no_interval(study: Grid, results: list[Result]) -> None:
+    """Its margin is no number; the scores themselves may be, as accuracy is where the rejected response has -inf."""
+    one = next(result for result in results if result.cell.method == "er")
+    task = one.book.tasks[0]
+    broken = one.scored[-1][task].copy()
+    broken[0] = np.nan
+    overflowed = replace(one, scored=[*one.scored[:-1], {**one.scored[-1], task: broken}])
+    assert overflowed.parts("preference_accuracy", "last") is None and one.parts("preference_accuracy", "last") is not None
+
+
 def test_the_csv_is_tidy(study: Grid, results: list[Result]) -> None:
     frame = tidy("main", results)
     assert list(frame.columns) == ["study", "method", "regime", "sequence", "seed", "metric", "figure", "value"]

@@ -247,6 +247,10 @@ def test_a_quantised_base_that_cannot_be_had() -> None:
     assert "model.quantization=nf4: " in told(validate("model.quantization=nf4", "zero=3"))
 
 
+def test_an_option_may_stand_last(tmp_path: Path) -> None:
+    assert validate("--config-dir", str(tmp_path)).code == 0
+
+
 def test_a_sweep_is_gone_through_and_one_that_was_trained_there_keeps_its_notes(tmp_path: Path) -> None:
     note = tmp_path / "sweep" / "jobs" / "0.json"
     note.parent.mkdir(parents=True)

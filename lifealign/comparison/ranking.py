@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from lifealign.comparison.runs import SEED, LeftOut, Run
-from lifealign.config import INCIDENTAL
+from lifealign.config import that_matter
 from lifealign.evaluation.scores import metric_info
 from lifealign.study.compare import Table
 from lifealign.study.grid import ANY
@@ -156,8 +156,7 @@ def _unequal(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted settings that say what a run computes."""
-    kept = {key: value for key, value in settings.items() if key not in INCIDENTAL}
-    return {str(key): value for key, value in pd.json_normalize(kept).to_dict("records")[0].items()}
+    return {str(key): value for key, value in pd.json_normalize(that_matter(settings)).to_dict("records")[0].items()}
 
 
 def _cell(value: Any) -> Any:

@@ -40,7 +40,11 @@ class Pair:
 
 
 def apply_template(tokenizer: Any, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> str:
-    """A conversation as the tokenizer's chat template writes it; the same on every day."""
+    """A conversation as the tokenizer's chat template writes it; the same on every day.
+
+    The day is put in where the template asks for it, ``strftime_now`` with a format that is written out, as all known ones
+    do: transformers takes no function from a caller.
+    """
     template = _DAY.sub(lambda call: repr(TODAY.strftime(call[2])), tokenizer.get_chat_template())
     return tokenizer.apply_chat_template(
         turns, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
-from lifealign.config import INCIDENTAL, Config
+from lifealign.config import Config, that_matter
 from lifealign.evaluation.scores import ScoreBook, closing_rows, format_score, metric_info, progress_note
 from lifealign.export.licences import data_source
 from lifealign.export.markdown import escaped, fenced, table
@@ -50,10 +50,10 @@ def model_card(subject: Subject, config: Config, settings: Mapping[str, Any], re
 
 def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the run computed with: without where it was kept and watched, and without tasks that it did not meet."""
-    kept = {key: value for key, value in settings.items() if key not in INCIDENTAL}
     sequence = settings["sequence"]
     met = {*sequence["tasks"], *(sequence["sources"].get(task, {}).get("of") for task in sequence["tasks"])}
-    return {**kept, "sequence": {**sequence, "sources": {k: v for k, v in sequence["sources"].items() if k in met}}}
+    sources = {task: source for task, source in sequence["sources"].items() if task in met}
+    return {**that_matter(settings), "sequence": {**sequence, "sources": sources}}
 
 
 def _front_matter(subject: Subject, config: Config) -> str:

@@ -158,6 +158,10 @@ class Strategy:
     def begin_stage(self, context: Context) -> None:
         """Before a stage's engine is made."""
 
+    def kept_pairs(self) -> Sequence[Pair]:
+        """Pairs of past tasks that a stage's loss is taken of beside what it trains on; the reference is asked of them, too."""
+        return ()
+
     # A step
 
     def pair_weights(self, context: Context, seen: Seen) -> torch.Tensor | None:

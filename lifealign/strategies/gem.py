@@ -62,6 +62,9 @@ class EpisodicMemory(Strategy, ABC):
     def begin_stage(self, context: Context) -> None:
         self.steps = 0
 
+    def kept_pairs(self) -> Sequence[Pair]:
+        return [pair for pairs in self.memory for pair in pairs]
+
     def stage_state(self) -> State:
         return State({"steps": self.steps})  # a resumed stage draws what this one does
 

@@ -106,4 +106,4 @@ class Distillation(Strategy):
         return self.state_dict()
 
     def load_stage_state(self, state: State) -> None:
-        self.load_state_dict(state)
+        self.answers = state.values.get("answers", self.answers)

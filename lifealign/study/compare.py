@@ -52,7 +52,8 @@ class Table:
             return [np.array([first - second])]
         assert a.rows == b.rows, "the same rows in all cells of a table: check_budget has seen to it"
         parts_a, parts_b = a.parts(metric, figure, both), b.parts(metric, figure, both)
-        assert parts_a is not None and parts_b is not None  # both have the figure
+        if parts_a is None or parts_b is None:
+            return None
         of_rows: dict[str, np.ndarray] = {}
         for task, x, y in zip(a.book.tasks, parts_a, parts_b, strict=True):
             owner = self.owners.get(task, task)

@@ -127,7 +127,10 @@ class Result:
         tasks = len(self.book.tasks)
         parts = [np.zeros(len(self.margins(tasks - 1, task))) for task in range(tasks)]
         for (after, on), weight in figure_weights(figure, tasks, self.learned_tasks if among is None else among).items():
-            parts[on] = parts[on] + weight * PAIR_VALUES[metric](self.margins(after, on).astype(np.float64))
+            margins = self.margins(after, on).astype(np.float64)
+            if not np.isfinite(margins).all():  # the policy overflowed on a pair
+                return None
+            parts[on] = parts[on] + weight * PAIR_VALUES[metric](margins)
         total, size = sum(part.mean() for part in parts), sum(np.abs(part).mean() for part in parts)
         assert abs(total - known) < 1e-6 * max(1.0, size), (self.cell, metric, figure)
         return parts
