@@ -105,8 +105,12 @@ def rescore(folder: Path, overrides: Sequence[str], adapter: str | None = None, 
     distributed.start()
     with distributed.failing_together(UserError):
         if distributed.is_main():
-            _take_folder(to, settings)
+            _refuse_other_scores(to, settings)
     scorer = Scorer(folder, overrides)
+    with distributed.failing_together(UserError):
+        if distributed.is_main():
+            check_writable(to, "to")
+            write_text(to / SETTINGS, yaml.safe_dump(settings, sort_keys=False))
     if adapter is None and scorer.is_own_sequence:
         book = _rescore_matrix(scorer, chosen, to)
     else:
@@ -118,19 +122,17 @@ def rescore(folder: Path, overrides: Sequence[str], adapter: str | None = None, 
     return book
 
 
-def _take_folder(to: Path, settings: Mapping[str, Any]) -> None:
-    """Begin to score into a folder, with a note of the settings: scores made with others are not written over.
+SETTINGS = "settings.yaml"
+"""Beside scores: what they were made with."""
 
-    Raises:
-        UserError: where there are such, or the folder cannot be written.
-    """
-    check_writable(to, "to")
-    note = to / "settings.yaml"
+
+def _refuse_other_scores(to: Path, settings: Mapping[str, Any]) -> None:
+    """Raises UserError where a folder holds scores that were made with other settings: they are not written over."""
     scored = any(any(to.glob(names)) for names in ("scores.json", "*.predictions.jsonl", "[0-9]*_*/predictions.jsonl"))
+    note = to / SETTINGS
     changed = differences(read_yaml(note), dict(settings)) if scored and note.exists() else []
     if changed:
         raise UserError(f"{to}: holds scores made with another {changed[0]}; name another folder, to=DIR, or remove this one")
-    write_text(note, yaml.safe_dump(dict(settings), sort_keys=False))
 
 
 def _rescore_matrix(scorer: Scorer, adapters: Sequence[Path], to: Path) -> ScoreBook:
