@@ -1,4 +1,4 @@
-"""Committed pages of studies on real rows are what the committed cells say: each is made again from them."""
+"""Committed pages of studies are what the committed cells say: each is made again from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from support import REPOSITORY
 from lifealign.study.command import study
 
 RESULTS = REPOSITORY / "docs" / "results"
-CELLS = RESULTS / "real"
 
 
 def command(page: Path) -> list[str]:
@@ -21,6 +20,12 @@ def command(page: Path) -> list[str]:
     words = shlex.split(block)
     assert words[:2] == ["python", "launch/study.py"]
     return words[2:]
+
+
+def named(words: list[str], key: str) -> Path:
+    """The folder that these words give to a key."""
+    (value,) = (word.partition("=")[2] for word in words if word.startswith(f"{key}="))
+    return Path(value)
 
 
 PAGES = sorted(kept.with_name("study.md") for kept in RESULTS.glob("*/tasks.json"))  # older pages have no cells
@@ -33,9 +38,9 @@ def test_there_are_such_pages() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
 def test_a_page_is_what_its_cells_say(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = command(page)
-    (folder,) = (Path(word.partition("=")[2]) for word in words if word.startswith("study.dir="))
+    folder, cells = named(words, "study.dir"), named(words, "study.runs")
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(CELLS, "runs/study/real")
+    shutil.copytree(RESULTS / cells.name, cells)
     folder.mkdir(parents=True)
     shutil.copy(page.parent / "tasks.json", folder)  # made of rows, which are not here
     assert study([*words, "study.report_only=true"], REPOSITORY / "launch" / "train.py") == 0
