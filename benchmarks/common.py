@@ -30,6 +30,9 @@ from lifealign.data.files import read_task
 from lifealign.data.options import Columns, DataOptions
 from lifealign.data.rules import read_preferences
 
+if torch.cuda.is_available():  # some contenders would take the card and others not
+    sys.exit("error: the benchmarks measure the CPU; on a machine with GPUs give CUDA_VISIBLE_DEVICES= before the command")
+
 VOCAB_SIZE = 8192
 LIBRARIES = ("lifealign", "torch", "deepspeed", "transformers", "peft", "accelerate", "trl", "triton")
 

@@ -189,6 +189,16 @@ def exit_codes() -> Iterator[list[int]]:
         _print_error(error)
         if not distributed.all_come("the end", GRACE_SECONDS) and not distributed.is_main():
             _print_error(error, alone=True)
+    except Exception:
+        if distributed.world_size() == 1:
+            raise
+        # Told before the group is left: over nccl leaving may wait for ranks that wait for this one.
+        traceback.print_exc()
+        if not distributed.all_come("the end", GRACE_SECONDS):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+        codes.append(1)
     finally:
         distributed.stop()
     if codes:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from safetensors import safe_open
 from support import REPOSITORY, command, end_here
 
@@ -250,7 +251,7 @@ assert words["resume"] == "auto"
 log = open(pathlib.Path(words["log"]), "a")
 print("start", time.monotonic(), os.environ["OMP_NUM_THREADS"], file=log, flush=True)
 time.sleep(float(words["sleep"]))
-print("end", time.monotonic(), 0, file=log, flush=True)
+print("end", time.monotonic(), os.environ.get("CUDA_VISIBLE_DEVICES", "-"), file=log, flush=True)
 if words["code"] != "0" and not (folder / "second").exists():
     (folder / "second").touch()
     print("error: so it goes")
@@ -326,6 +327,17 @@ def test_no_more_cells_at_once_than_asked_for_and_each_has_its_share_of_cores(be
         most = max(most, running)
         assert what == "end" or int(threads) == max(1, len(os.sched_getaffinity(0)) // 2)
     assert (most, running, len(events)) == (2, 0, 8)
+
+
+def test_cells_that_run_at_once_have_a_gpu_each(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    bench.run([bench.cell(number, sleep=0.5) for number in range(2)])
+    assert sorted(event[2] for event in bench.events() if event[0] == "end") == ["0", "1"]
+    bench.log.unlink()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    bench.run([bench.cell(number, sleep=0.5) for number in range(2, 5)], parallel=3)
+    cards = [event[2] for event in bench.events() if event[0] == "end"]
+    assert sorted(cards) in (["3", "5", "5"], ["3", "3", "5"])
 
 
 def test_the_record_holds_time_over_attempts_and_memory(bench: Bench) -> None:

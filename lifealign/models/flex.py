@@ -143,7 +143,6 @@ def flex_packed_attention(
     return output.transpose(1, 2), None
 
 
-@lru_cache(maxsize=1)
 def compiled() -> Callable[..., torch.Tensor]:
     """FlexAttention compiled for lines of any length; the compiler runs when it is first called.
 
@@ -151,7 +150,13 @@ def compiled() -> Callable[..., torch.Tensor]:
     six times; never for a length alone, save once where the first line had as many blocks as there are heads. Beyond torch's
     limit ``fullgraph`` makes it an error: the alternative is attention that holds all scores of a line, without a word.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)  # by default 8
+    if torch._dynamo.config.recompile_limit < 32:  # 8, in each thread by itself: layers may run again in autograd's
+        torch._dynamo.config.recompile_limit = 32
+    return _compiled()
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Callable[..., torch.Tensor]:
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 

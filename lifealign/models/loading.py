@@ -22,7 +22,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from lifealign.assets import TINY_MODEL
 from lifealign.errors import UserError, did_you_mean
-from lifealign.models.options import LoraOptions, ModelOptions
+from lifealign.models.options import BaseDtype, LoraOptions, ModelOptions
 from lifealign.models.quantization import check_quantization, read_base
 from lifealign.runtime.terminal import console
 
@@ -135,8 +135,10 @@ def load_base(options: ModelOptions, deepspeed_config: dict[str, Any]) -> PreTra
     if options.trust_remote_code:
         log.warning("model.trust_remote_code=true: code that comes with %s may run", options.path)
         console.print(f"model.trust_remote_code=true: code that comes with {options.path} may run", markup=False)
-    # transformers looks for this object while it loads, and drops it again with the last reference.
-    zero3 = HfDeepSpeedConfig(deepspeed_config) if stage == 3 else None
+    # transformers looks for this object while it loads, and drops it again with the last reference. Without its bf16 section
+    # DeepSpeed would make float32 of every weight that it partitions.
+    bf16 = {"bf16": {"enabled": options.dtype is BaseDtype.bfloat16}}
+    zero3 = HfDeepSpeedConfig({**deepspeed_config, **bf16}) if stage == 3 else None
     try:
         # The attention implementation is transformers' choice, SDPA where the architecture has it; choose_layout looks
         # at what it does.

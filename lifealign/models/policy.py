@@ -18,6 +18,7 @@ from lifealign.kernels import sequence_logps
 from lifealign.models import attention, flex
 from lifealign.models.lean import ReadPositions, replace_small_operations
 from lifealign.runtime import distributed
+from lifealign.runtime.terminal import console
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ def choose_head(policy: Policy, device: torch.device) -> None:
         return  # the torch implementation already
     problem = _agreed(_head_problem(policy, None, device))
     if problem is not None:
-        log.warning("the fused head is not used, the torch implementation is: %s", problem)
+        _tell(f"the fused head is not used, the torch implementation is: {problem}")
         policy.head_impl = "chunked"
 
 
@@ -183,8 +184,8 @@ def choose_layout(policy: Policy, wanted: RowLayout, *, longest_row: int, device
             return
         if wanted is not RowLayout.auto:
             raise UserError(f"model.row_layout={wanted.value}: {problem}; use model.row_layout=concatenated")
-        log.warning("rows cannot be %s: %s", layout.value, problem)
-    log.warning("pairs take the concatenated path")
+        _tell(f"rows cannot be {layout.value}: {problem}")
+    _tell("pairs take the concatenated path")
     policy.layout = RowLayout.concatenated
 
 
@@ -257,6 +258,12 @@ def _deviation(policy: Policy, layout: RowLayout, device: torch.device) -> str |
     except Exception as error:  # an architecture that cannot be called like this can be called otherwise
         problem = _said(error)
     return _agreed(problem)
+
+
+def _tell(slower: str) -> None:
+    """What costs speed is told in the terminal, too: nobody looks for it in a log."""
+    log.warning("%s", slower)
+    console.print(slower, markup=False)
 
 
 def _agreed(problem: str | None) -> str | None:

@@ -56,7 +56,7 @@ def start() -> None:
     os.environ.setdefault("WORLD_SIZE", "1")
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
-    elif "OMP_NUM_THREADS" not in os.environ:
+    if "OMP_NUM_THREADS" not in os.environ:
         local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     backend = "nccl" if torch.cuda.is_available() else "gloo"

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lifealign.errors import SIGNALLED, UserError
@@ -39,6 +40,7 @@ class _Running:
     cell: Cell
     record: Record
     process: subprocess.Popen[bytes]
+    card: str | None  # the GPU it sees
     started: float = field(default_factory=time.monotonic)
 
 
@@ -47,14 +49,14 @@ class Runner:
 
     Args:
         script: launch/train.py.
-        parallel: cells at once; each gets an equal share of the cores.
+        parallel: cells at once; each gets an equal share of the cores, and one of the GPUs where there are any.
         lock: a file descriptor that every cell inherits, so that the lock on it is held while any of them lives.
         finished: called with each cell that has finished.
     """
 
     def __init__(self, script: Path, parallel: int, lock: int, finished: Callable[[Cell], object]) -> None:
         self.script, self.parallel, self.lock, self.finished = script, parallel, lock, finished
-        self.commit, self.machine = commit(script.parent), machine()
+        self.commit, self.machine, self.cards = commit(script.parent), machine(), visible_cards()
         self.running: list[_Running] = []
         self.signal: int | None = None
         """The signal that ended the study, if one did."""
@@ -88,6 +90,7 @@ class Runner:
             machine=self.machine,
         )
         write_json(cell.folder / RECORD, asdict(record))
+        card = min(self.cards, key=lambda card: sum(r.card == card for r in self.running), default=None)
         words = [sys.executable, str(self.script), *cell.overrides, f"run.dir={_quoted(cell.folder)}", "resume=auto"]
         with open(cell.folder / OUTPUT, "wb") as output:
             process = subprocess.Popen(
@@ -95,15 +98,16 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=self._environment(),
+                env=self._environment(card),
                 start_new_session=True,  # a Ctrl-C in the terminal reaches the study alone, which then ends its cells
                 pass_fds=(self.lock,),
             )
-        return _Running(cell, record, process)
+        return _Running(cell, record, process, card)
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, card: str | None) -> dict[str, str]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // self.parallel))}
+        own = {"OMP_NUM_THREADS": str(max(1, cores // self.parallel))}
+        return {**os.environ, **own, **({} if card is None else {"CUDA_VISIBLE_DEVICES": card})}
 
     def _reap(self, progress: Progress) -> None:
         """Take note of the cells that have ended."""
@@ -159,6 +163,12 @@ class Runner:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def visible_cards() -> list[str]:
+    """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    number, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:number] if named else [str(card) for card in range(number)]
 
 
 def last_line(cell: Cell) -> str:
