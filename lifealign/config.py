@@ -81,7 +81,7 @@ def build(composed: DictConfig) -> Config:
         chosen = getattr(config, group)
         if chosen.name != type(chosen).name:
             raise UserError(f"{group}.name={chosen.name}: components are chosen with {group}={chosen.name}")
-    config.strategy.check(config.zero.stage)
+    config.strategy.check(config.zero)
     config.sft.check("sft")
     config.preference.check("preference")
     if config.sft.epochs == 0 and config.preference.epochs == 0:

@@ -36,6 +36,7 @@ from lifealign.resuming import (
     check_midway,
     check_rows,
     check_steps,
+    check_strategy,
     check_weights,
     extended_book,
     refuse_a_lost_run,
@@ -245,7 +246,8 @@ class Lifelong:
         if every is None or steps % every:
             return
         learned = {number for earlier in self.plan[: context.task_number] for number in earlier.scored}
-        for task in (self.tasks[number] for number in sorted(learned)):
+        still = learned.intersection(self.plan[context.task_number].scored)  # not by models of their own (STL)
+        for task in (self.tasks[number] for number in sorted(still)):
             where = {"step": self.steps + steps, "task": context.task.name, "stage": context.stage, "on": task.name}
             self.tracker.log("probe", {**where, **self.evaluator.probe(engine, task)})
 
@@ -386,6 +388,7 @@ class Lifelong:
             return
         state, parts = found.state, _by_prefix(found.tensors)
         force = self.config.resume is Resume.force
+        check_strategy(self.folder, state["scores"]["strategy"], self.strategy.name)
         forced = check_rows(self.folder, self.tasks, state["data"], force=force)
         self.position = Position(state["task"], state["phase"])
         if state["midway"] is not None:
@@ -409,6 +412,11 @@ class Lifelong:
             self.reference.load_state_dict(parts["reference"])
         with self._told():
             self.strategy.load_state_dict(State(state["strategy"], parts["strategy"], found.files))
+        if forced and self.position.phase == PHASES[-1] and self.config.objective.needs_reference:
+            # No stage comes before the strategy is asked what it makes of the task: of its pairs as they are now.
+            with inference_engine(self.policy, self.config.zero) as module:
+                task = self.plan[self.position.task].task
+                self._ensure_reference(module, task.train, task, log_it=False)
         self.tracker.rewind(state["metrics_bytes"], state["metrics_sha256"])
         between_phases = {name: tensor for name, tensor in found.tensors.items() if not name.startswith("midway/")}
         self._between_phases = replace(found, state={**state, "base": self.reference.base or base}, tensors=between_phases)

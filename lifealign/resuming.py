@@ -93,6 +93,15 @@ def check_rows(folder: Path, tasks: Sequence[Task], before: Mapping[str, str], *
     return [f"the rows of task {name}" for name in changed]
 
 
+def check_strategy(folder: Path, before: str, now: str) -> None:
+    """Raises UserError where the run was trained by another strategy, whose state says nothing to this one."""
+    if before != now:
+        raise UserError(
+            f"{folder}: was trained with strategy={before}, whose state says nothing to strategy={now}; give it "
+            f"strategy={before}, or another run.dir"
+        )
+
+
 def check_base(folder: Path, before: str, now: str, *, force: bool) -> list[str]:
     """Compare the hash of the base with that of the run's.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,12 @@ from lifealign.config import build, resolved
 from lifealign.data.tokenize import Pair
 from lifealign.errors import UserError
 from lifealign.lifelong import Lifelong
+from lifealign.objectives import IPO
 from lifealign.runtime import distributed
 from lifealign.runtime.tracking import Tracker
-from lifealign.strategies.ewc import ElasticWeightConsolidation, Mode, Quadratic
-from lifealign.strategies.gradients import unflatten
+from lifealign.stages import PreferenceStage
+from lifealign.strategies.ewc import ElasticWeightConsolidation, Mode, Quadratic, with_likelihoods
+from lifealign.strategies.gradients import mean_squared_gradient, unflatten
 
 ONE_TASK = (
     "sequence.tasks=[instruct]",
@@ -110,6 +113,19 @@ def test_fisher_information_is_that_of_both_stages_likelihoods_pair_by_pair(
     """At the end of the task, with the plain likelihood in place of the focal loss, against autograd from raw logits."""
     assert fishers["preference"].norm() > 1e-2 * fishers["sft"].norm()  # leaving it out would show
     assert_close(ewc.strategy.penalty.importance, fishers["sft"] + fishers["preference"])
+
+
+def test_ipos_information_is_that_of_its_regression_whatever_the_residual(ewc: Lifelong) -> None:
+    """2 (grad h)^2 with h the log-ratio difference, against autograd from raw logits."""
+    run, pairs, parameters = ewc.run_info, ewc.tasks[0].train, list(ewc.run_info.trained().values())
+    expected = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
+    for pair in pairs:
+        h = logp(ewc, pair.prompt, pair.chosen) - logp(ewc, pair.prompt, pair.rejected)  # the reference is a constant
+        gradients = torch.autograd.grad(h, parameters)
+        expected += 2 * torch.cat([g.double().flatten() for g in gradients]).square() / len(pairs)
+    stages = {**run.stages, "preference": PreferenceStage(IPO(beta=0.1), ewc.reference)}
+    likelihood = with_likelihoods(replace(run, stages=stages))
+    assert_close(mean_squared_gradient(likelihood, "preference", pairs, parameters), expected)
 
 
 def test_a_stage_that_is_skipped_has_no_part(ewc: Lifelong, fishers: dict[str, torch.Tensor]) -> None:

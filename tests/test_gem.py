@@ -18,7 +18,7 @@ from lifealign.config import build, resolved
 from lifealign.data.tokenize import Pair
 from lifealign.errors import TrainingDiverged, UserError
 from lifealign.lifelong import Lifelong
-from lifealign.models.loading import pad_token_id
+from lifealign.models.loading import enable_gradient_checkpointing, pad_token_id
 from lifealign.models.policy import Policy
 from lifealign.runtime import distributed
 from lifealign.runtime.tracking import Tracker
@@ -171,6 +171,24 @@ def test_a_memorys_gradient_is_that_of_the_stages_mean_over_all_of_it(stage: str
     assert all(p.grad is None for p in parameters)
 
 
+def test_activations_are_computed_again_where_training_does_so(after_one: Lifelong) -> None:
+    """The same gradient, by twice the passes through a layer; and everything is in the mode that it was in."""
+    run, pairs = after_one.run_info, after_one.strategy.memory
+    parameters, policy, calls = list(run.trained().values()), run.policy, []
+    handle = policy.base.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(None))
+    policy.train()
+    kept = mean_gradients(run, "preference", pairs, parameters, at_once=2)
+    passes = len(calls)
+    enable_gradient_checkpointing(policy.model, zero_stage=0)
+    recomputed = mean_gradients(run, "preference", pairs, parameters, at_once=2)
+    policy.model.gradient_checkpointing_disable()
+    handle.remove()
+    assert len(calls) == 3 * passes > 0
+    assert (recomputed - kept).norm() <= 1e-5 * kept.norm()
+    assert all(module.training for module in policy.modules())
+    policy.eval()
+
+
 # A step
 
 
@@ -319,3 +337,8 @@ def test_wrong_options_and_partitioned_weights_are_refused() -> None:
     for name in ("gem", "agem"):
         with pytest.raises(UserError, match=f"strategy={name} does not run with zero=3"):
             build(compose_config(*QUICK, f"strategy={name}", "zero=3"))
+        offload = "zero.settings.offload_optimizer.device"
+        with pytest.raises(UserError, match=rf"strategy={name} does not run with zero\.settings\.offload_optimizer"):
+            build(compose_config(*QUICK, f"strategy={name}", "zero=2", f"{offload}=cpu"))
+        build(compose_config(*QUICK, f"strategy={name}", "zero=2", f"{offload}=none"))
+    build(compose_config(*QUICK, "strategy=er", "zero=2", f"{offload}=cpu"))

@@ -44,6 +44,7 @@ def lifelong(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lifelong]:
         write_factors(made.policy.model, noise, dict.fromkeys(noise, 0))
         made.policy.base.generation_config.top_k = 1
         made.policy.base.generation_config.repetition_penalty = 5.0
+        made.policy.base.generation_config.min_p = 0.5
         yield made
 
 
@@ -68,11 +69,12 @@ def next_token_probabilities(lifelong: Lifelong, prompt: list[int]) -> torch.Ten
 def test_samples_are_the_policys_own(lifelong: Lifelong) -> None:
     """First tokens of 600 answers to one prompt: the share of each of the three likeliest tokens, and of all but the ten
     likeliest, lies within 4.5 standard errors of the policy's probability. The model's own settings (the likeliest token,
-    a penalty) have no say.
+    a penalty, a floor on probabilities) have no say, and stay as they are.
     """
     prompt, count = lifelong.tasks[0].train[0].prompt, 600
     options = {"batch_size": 200, "max_new_tokens": 1, "seed": 3}
     drawn = sample(lifelong.policy, lifelong.policy, [prompt] * count, lifelong.tokenizer, **options)
+    assert lifelong.policy.base.generation_config.min_p == 0.5
     tokens = torch.tensor([answer[0] for answer in drawn])
     probabilities = next_token_probabilities(lifelong, prompt)
     likely = probabilities.topk(10).indices

@@ -99,8 +99,12 @@ def test_a_table_finds_rows_by_token_ids_and_survives_a_checkpoint() -> None:
     again = PairTable()
     again.load_state_dict(table.state_dict())
     assert again.of([PAIRS[1], PAIRS[0], PAIRS[1]]).equal(values[[1, 0, 1]])
+    again.check(PAIRS)
+    other = [Pair("a", [1, 2], [3, 4, 5], [7], "", "", "")]
     with pytest.raises(KeyError):
-        again.of([Pair("a", [1, 2], [3, 4, 5], [7], "", "", "")])
+        again.of(other)
+    with pytest.raises(UserError, match="rows are not those that it began with"):
+        again.check([*PAIRS, *other])
     again.load_state_dict(State(tensors=PairTable().state_dict()).tensors)
     with pytest.raises(KeyError):
         again.of(PAIRS[:1])

@@ -155,6 +155,19 @@ def test_a_buffer_that_has_become_smaller_holds_no_more_than_it_may(kind: Callab
 def test_a_reservoir_does_not_go_on_from_another_buffer() -> None:
     with pytest.raises(UserError, match=r"strategy\.buffer=reservoir: the run's buffer is another"):
         Reservoir(4).load_state_dict(ReplayBuffer(4, 0.2).state_dict())
+    with pytest.raises(UserError, match=r"strategy\.buffer=uniform: the run's buffer is another"):
+        ReplayBuffer(4, 0.2).load_state_dict(Reservoir(4).state_dict())
+
+
+def test_a_reservoir_that_was_full_does_not_grow() -> None:
+    small, partly = Reservoir(3), Reservoir(8)
+    for buffer in (small, partly):
+        buffer.add(pairs("a", 5), seeded(0))
+    with pytest.raises(UserError, match=r"strategy\.buffer_size=4: the run's buffer was full at 3 pairs"):
+        Reservoir(4).load_state_dict(small.state_dict())
+    larger = Reservoir(9)
+    larger.load_state_dict(partly.state_dict())
+    assert ids(larger) == ids(partly)
 
 
 def test_a_reservoir_without_room_holds_nothing() -> None:

@@ -135,7 +135,11 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_over(uninterrupted: Pat
 
 def test_settings_with_which_a_run_cannot_go_on_leave_no_trace(uninterrupted: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
-    for refused, said in (("model.lora.r=16", "its adapter is of another shape"), ("sequence.tasks=[hc3]", "begin with")):
+    for refused, said in (
+        ("model.lora.r=16", "its adapter is of another shape"),
+        ("sequence.tasks=[hc3]", "begin with"),
+        ("strategy=kl", "was trained with strategy=lifealign, whose state says nothing to strategy=kl; give it"),
+    ):
         with pytest.raises(UserError, match=said):
             train_here(folder, refused, "resume=force")
         assert (folder / "config.yaml").read_bytes() == (uninterrupted / "config.yaml").read_bytes()
@@ -267,22 +271,24 @@ def test_a_stage_that_has_come_further_than_it_now_goes(tmp_path: Path, monkeypa
         train_here(tmp_path / "run", "checkpoint.every=1", "sft.epochs=1", "resume=force")
 
 
-@pytest.mark.parametrize("strategy", ["lifealign", "gem"])
-def test_another_base_under_the_same_path_is_refused(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("strategy", "phases"), [("lifealign", 3), ("gem", 3), ("ewc", 2)])
+def test_another_base_under_the_same_path_is_refused(
+    strategy: str, phases: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a folder of a base that is made again, or a name on the hub that comes to mean other weights. Forced, what the old one
-    said of pairs is asked anew, of those that a strategy keeps, too."""
+    said of pairs is asked anew, of those that a strategy keeps, too, and of a task's own where nothing but its end is left."""
     save, saved = Lifelong._save, []
 
     def save_and_stop(self: Lifelong) -> None:
         save(self)
         saved.append(None)
-        if len(saved) == 3:
+        if len(saved) == phases:
             raise Interrupted
 
     chosen, folder = f"strategy={strategy}", tmp_path / "run"
     monkeypatch.setattr(Lifelong, "_save", save_and_stop)
     with pytest.raises(Interrupted):
-        train_here(folder, chosen)  # after the first of two tasks
+        train_here(folder, chosen)  # after the first of two tasks, or before its end
     monkeypatch.setattr(Lifelong, "_save", save)
     monkeypatch.setattr("lifealign.models.scoring.base_hash", lambda _: "another")
     with pytest.raises(UserError, match="its base was another: other weights stand at model"):

@@ -61,6 +61,13 @@ def test_probes_of_a_run(tmp_path: Path) -> None:
     assert not (plain / "stability.json").exists()
 
 
+def test_models_of_their_own_are_not_looked_at(tmp_path: Path) -> None:
+    few = ("sft.epochs=1", "preference.epochs=0", "evaluation.metrics=[chosen_nll]", "evaluation.probe_every=1")
+    run = train_here(tmp_path / "run", *few, "strategy=stl", "data.max_train=8", "data.max_eval=2")
+    assert '"kind": "probe"' not in (run / "metrics.jsonl").read_text()
+    assert not (run / "stability.json").exists()
+
+
 def test_probes_need_no_preference_metric(tmp_path: Path) -> None:
     """Reference log-probabilities of the pairs that are looked at have not been asked for by the evaluation."""
     few = ("sft.epochs=1", "preference.epochs=0", "evaluation.metrics=[rouge_l]", "evaluation.max_new_tokens=2")

@@ -1,7 +1,7 @@
 """What every registered strategy must do, whatever its method: survive a resume, agree on two ranks, start as seqft does.
 
-The file is its own worker: ``deepspeed --num_gpus 2 tests/test_strategy_contract.py FOLDER`` runs every strategy in two
-ranks, in one launch, into FOLDER.
+The file is its own worker: ``deepspeed --num_gpus 2 tests/test_strategy_contract.py FOLDER`` runs every case in two ranks, in
+one launch, into FOLDER.
 """
 
 from __future__ import annotations
@@ -41,6 +41,17 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 """What makes a strategy quick, or lets it do more on a dozen pairs than its defaults would."""
 
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "gem_released": ("strategy=gem_released",),
+    "ewc_released": ("strategy=ewc_released", "strategy.mode=online"),
+    "task_vectors": ("strategy=wise", "strategy.average=task_vectors"),
+    "cppo_learned": ("strategy=cppo", "strategy.weighting=learned", "strategy.retention=100"),
+    "l2p_diversity": ("strategy=l2p", "strategy.diversity=1"),
+}
+"""Options under which a strategy keeps a state of another kind."""
+
+CASES = (*NAMES, *VARIANTS)
+
 COMMON = (
     "data.max_train=11",  # a last batch of 3 pairs: with micro-batches of 4, the second rank's share is empty
     "data.max_eval=4",
@@ -58,7 +69,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def overrides(name: str) -> tuple[str, ...]:
-    return (*COMMON, f"strategy={name}", *OPTIONS.get(name, ()))
+    return (*COMMON, *(VARIANTS[name] if name in VARIANTS else (f"strategy={name}", *OPTIONS.get(name, ()))))
 
 
 def two_rank_overrides(name: str) -> tuple[str, ...]:
@@ -99,7 +110,7 @@ def state(run: Path) -> tuple[Any, Tensors]:
 
 
 if __name__ == "__main__":
-    for strategy in NAMES:
+    for strategy in CASES:
         train_here(Path(without_local_rank(sys.argv[1:])[0]) / strategy, *two_rank_overrides(strategy))
     distributed.stop()
     sys.exit()
@@ -108,7 +119,7 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    ended = command("deepspeed", "--num_gpus", "2", __file__, str(folder), timeout=290)
+    ended = command("deepspeed", "--num_gpus", "2", __file__, str(folder), timeout=500)
     assert ended.returncode == 0, ended.stderr[-2000:]
     return folder
 
@@ -126,7 +137,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_two_ranks_are_as_good_as_one(name: str, whole: dict[str, Path], two_ranks: Path) -> None:
     """Sums over ranks round differently, and AdamW's first steps take the sign of gradients that are nearly zero.
 
@@ -158,7 +169,7 @@ QUICK_TO_RESUME = ("lifealign", "l2p", "olora")
 """A state of the ledger, of added weights and of further adapters; the others are in the longer suite."""
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK_TO_RESUME else pytest.mark.slow) for n in NAMES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK_TO_RESUME else pytest.mark.slow) for n in CASES])
 def test_resumed_equals_uninterrupted(
     name: str, whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +192,7 @@ def test_resumed_equals_uninterrupted(
     assert all(tensors[key].equal(expected_tensors[key]) for key in tensors)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)])
 def test_state_comes_back_as_it_was_saved(name: str, whole: dict[str, Path]) -> None:
     composed = compose_config("+sequence=six_domains", *QUICK_TASKS, *overrides(name))
     distributed.start()

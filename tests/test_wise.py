@@ -79,15 +79,19 @@ def test_task_vectors_by_hand(merge: Merge, expected: float) -> None:
 
 @pytest.mark.parametrize("average", list(Average))
 def test_a_run_interrupted_inside_a_task_goes_on_as_it_would(average: Average) -> None:
-    """Another process sets up from the initial adapter, 1, takes up the state, and finds the weights of the checkpoint."""
+    """Another process sets up from an adapter of its own, takes up the state, and finds the weights of the checkpoint."""
     policy, strategy = adapter(1), WeightAveraging(average=average)
     context = begun(strategy, policy)
     train_to(policy, 3)
     strategy.end_task(context)
     begun(strategy, policy, 1)
-    resumed, fresh = WeightAveraging(average=average), adapter(1)
+    resumed, fresh = WeightAveraging(average=average), adapter(-9)
     resumed.setup(Run(fresh, Path(), 0, "", None, {}, 8))  # type: ignore[arg-type]
-    resumed.load_state_dict(State({}, {name: value.clone() for name, value in strategy.state_dict().tensors.items()}))
+    state = strategy.state_dict()
+    other = next(kind for kind in Average if kind is not average)
+    with pytest.raises(UserError, match=f"strategy.average={other.value}: .* give it {average.value}"):
+        WeightAveraging(average=other).load_state_dict(state)
+    resumed.load_state_dict(State(state.values, {name: value.clone() for name, value in state.tensors.items()}))
     for one, at in ((strategy, policy), (resumed, fresh)):
         train_to(at, 7)
         one.end_task(Context(Run(at, Path(), 0, "", None, {}, 8), SimpleNamespace(), 1, ""))  # type: ignore[arg-type]

@@ -35,7 +35,13 @@ class ReplayBuffer:
         return {"pairs": [asdict(pair) for pair in self.pairs]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` gave; where fewer pairs are held now, the oldest are left out."""
+        """Take up what :meth:`state_dict` gave; where fewer pairs are held now, the oldest are left out.
+
+        Raises:
+            UserError: for the state of another kind of buffer, whose order is not that of age.
+        """
+        if "seen" in state:
+            raise UserError("strategy.buffer=uniform: the run's buffer is another; go on with strategy.buffer=reservoir")
         pairs = [Pair(**values) for values in state["pairs"]]
         self.pairs = pairs[max(0, len(pairs) - self.size) :]
 
@@ -68,10 +74,15 @@ class Reservoir(ReplayBuffer):
         """As of a uniform buffer, but that what is left out is drawn at random.
 
         Raises:
-            UserError: for the state of another kind of buffer, of which nobody knows how many pairs have come by.
+            UserError: for the state of another kind of buffer, of which nobody knows how many pairs have come by, or where
+                the buffer was full and is larger now: pairs to come would be surer of a place than those it met.
         """
         if "seen" not in state:
             raise UserError("strategy.buffer=reservoir: the run's buffer is another; go on with strategy.buffer=uniform")
         self.seen, pairs = state["seen"], [Pair(**values) for values in state["pairs"]]
+        if len(pairs) < min(self.size, self.seen):
+            raise UserError(
+                f"strategy.buffer_size={self.size}: the run's buffer was full at {len(pairs)} pairs; it cannot grow"
+            )
         drawn = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(self.seen))[: self.size]
         self.pairs = [pairs[i] for i in sorted(drawn.tolist())]

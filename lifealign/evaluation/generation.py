@@ -20,7 +20,7 @@ from lifealign.runtime import distributed
 from lifealign.runtime.signals import between_batches
 
 UNCHANGED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-"""Samples are the policy's own; what is not said here is taken from the model's generation settings."""
+"""Samples are the policy's own: these would not be so by transformers' defaults."""
 
 
 def generation_keys(
@@ -97,7 +97,10 @@ def _answers(
     module.eval()
     mine: dict[int, list[int]] = {}
     config = _config(policy, tokenizer, max_new_tokens, sampled=seed is not None)
-    with merged(policy.model):  # measured to be faster: a decoded token pays for every small product of the adapter
+    with (
+        _settings_aside(policy, seed is not None),
+        merged(policy.model),
+    ):  # measured to be faster: a decoded token pays for every small product of the adapter
         for start in range(0, len(buckets), world):
             between_batches()
             number = min(start + distributed.rank(), len(buckets) - 1)
@@ -109,6 +112,18 @@ def _answers(
     module.train(was_training)
     everywhere = {i: row for share in distributed.gather_objects(mine) for i, row in share.items()}
     return [everywhere[i] for i in range(len(prompts))]
+
+
+@contextmanager
+def _settings_aside(policy: Policy, aside: bool) -> Iterator[None]:
+    """Inside, the model has no generation settings of its own, by which transformers would fill up those that are not given."""
+    own = policy.base.generation_config
+    if aside:
+        policy.base.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        policy.base.generation_config = own
 
 
 @contextmanager

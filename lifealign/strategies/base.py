@@ -20,6 +20,7 @@ from lifealign.models.options import LoraOptions
 from lifealign.models.policy import Policy
 from lifealign.models.scoring import score_pairs
 from lifealign.runtime import distributed
+from lifealign.runtime.engine import ZeroOptions
 from lifealign.runtime.files import Seal
 from lifealign.stages import Stage
 
@@ -120,15 +121,20 @@ class Strategy:
 
     whole_parameters: ClassVar[str | None] = None  # why the strategy needs parameters that are not partitioned, if it does
 
-    def check(self, zero_stage: int) -> None:
+    def check(self, zero: ZeroOptions) -> None:
         """When a configuration is composed.
 
         Raises:
-            UserError: where the strategy cannot run at this ZeRO stage, with the reason.
+            UserError: where the strategy cannot run with these options, with the reason.
         """
-        if zero_stage == 3 and self.whole_parameters is not None:
-            name = getattr(type(self), "name", type(self).__name__)
+        name = getattr(type(self), "name", type(self).__name__)
+        if zero.stage == 3 and self.whole_parameters is not None:
             raise UserError(f"strategy={name} does not run with zero=3: {self.whole_parameters}; use zero=2")
+        if zero.offloads_optimizer and type(self).transform_gradients is not Strategy.transform_gradients:
+            raise UserError(
+                f"strategy={name} does not run with zero.settings.offload_optimizer: DeepSpeed would clip by the norm of the "
+                "gradient that the strategy replaces; leave the optimiser on the device"
+            )
 
     # The model
 

@@ -144,8 +144,8 @@ class CPPO(Strategy):
     What changes with pairs is ours. A sample is a pair; P is the log-probability of its chosen response and R the implicit
     reward margin of the pair, both under the policy before the task. Mean and standard deviation are those over all of the
     task's pairs, so that types depend neither on the batch that a pair is in nor on the number of ranks. The old policy is
-    asked once a task. In the first task there is none but the base, under which every margin is 0: nothing is weighed and
-    nothing held, and it is the first task of ``seqft``.
+    asked once a task. In the first task there is none but the base, under which every margin is 0 (but SimPO's, which has no
+    reference): nothing is weighed and nothing held, and it is the first task of ``seqft``.
 
     ``strategy=cppo_released`` has the settings of LifeAlign's released code: balanced gains, and sums in place of means over
     tokens. That code takes current values of the policy and statistics of each batch; ours are those of the task, as above.
@@ -179,6 +179,10 @@ class CPPO(Strategy):
         self.weights = None
         if context.task_number > 0:
             self.before = PairTable(context.task.train, context.run.score(context.task.train))
+
+    def begin_stage(self, context: Context) -> None:
+        if self._acts(context):
+            self.before.check(context.task.train)
 
     def pair_weights(self, context: Context, seen: Seen) -> torch.Tensor | None:
         if not self._acts(context):

@@ -16,7 +16,8 @@ from torch import nn
 
 from lifealign.data.tokenize import Pair
 from lifealign.errors import UserError
-from lifealign.objectives import DPO, FPO, Robust
+from lifealign.objectives import DPO, FPO, IPO, Objective, PreferenceLoss, Robust
+from lifealign.objectives.preference import reference_rewards
 from lifealign.registry import register
 from lifealign.runtime import distributed
 from lifealign.stages import PreferenceStage
@@ -146,16 +147,32 @@ class ElasticWeightConsolidation(Strategy):
             self.penalty = Quadratic(**vectors, rest=state.values["rest"])
 
 
-def with_likelihoods(run: Run) -> Run:
-    """The run with losses that are negative log-likelihoods of pairs, which is what Fisher information is of.
+class RootOfFisher(IPO):
+    """In place of IPO's loss, sqrt(2) h, whose squared gradient is IPO's Fisher information.
 
-    SFT's are, and so is DPO's: -log sigmoid(r), the probability that the chosen response is preferred. FPO and robust DPO fit
-    the same probability with other weights on the pairs. FPO's would make weights that a well-learned pair depends on look
-    free, the better it is learned, and those are to be held; so both take DPO's. IPO and SimPO keep their own.
+    (h - target)^2 is the negative log-likelihood of a normal distribution of variance 1/2, and its information 2 (grad h)^2
+    whatever the residual; the square of its own gradient would be none where a pair is learned to the point.
+    """
+
+    def __call__(self, policy: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor) -> PreferenceLoss:
+        chosen, rejected = reference_rewards(policy.unbind(1), reference.unbind(1), math.sqrt(2))
+        return PreferenceLoss(chosen - rejected, chosen.detach(), rejected.detach(), torch.ones_like(chosen))
+
+
+def with_likelihoods(run: Run) -> Run:
+    """The run with losses whose squared gradients are the Fisher information of what was trained, pair by pair.
+
+    Negative log-likelihoods are such losses: SFT's, SimPO's, and DPO's -log sigmoid(r), the probability that the chosen
+    response is preferred. FPO and robust DPO fit the same probability with other weights on the pairs. FPO's would make weights
+    that a well-learned pair depends on look free, the better it is learned, and those are to be held; so both take DPO's.
     """
     stage = run.stages["preference"]
     assert isinstance(stage, PreferenceStage)
-    if not isinstance(stage.objective, FPO | Robust):
-        return run
-    plain = PreferenceStage(DPO(beta=stage.objective.beta), stage.reference)
-    return replace(run, stages={**run.stages, "preference": plain})
+    match stage.objective:
+        case FPO() | Robust():
+            likelihood: Objective = DPO(beta=stage.objective.beta)
+        case IPO():
+            likelihood = RootOfFisher(beta=stage.objective.beta)
+        case _:
+            return run
+    return replace(run, stages={**run.stages, "preference": PreferenceStage(likelihood, stage.reference)})

@@ -1,4 +1,7 @@
-"""Gradient episodic memory: a step's gradient is turned so that, to first order, no past task loses by the step.
+"""Gradient episodic memory: a step's gradient is turned so that, to first order, no past task loses by a step along it.
+
+The optimiser here is AdamW, whose step is not along the gradient: momentum and the division by each weight's own scale may
+still raise the loss of a past task. Both papers show their property for plain gradient descent.
 
 GEM: Lopez-Paz and Ranzato, 2017, arXiv 1706.08840. A-GEM: Chaudhry et al., 2019, arXiv 1812.00420.
 """

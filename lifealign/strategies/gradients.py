@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lifealign.data.tokenize import Pair
 from lifealign.models.policy import Policy
@@ -87,9 +88,16 @@ def _gradient(loss: torch.Tensor, parameters: Sequence[nn.Parameter]) -> torch.T
 
 @contextmanager
 def _evaluating(policy: Policy) -> Iterator[None]:
-    """Inside, there is no dropout: gradients are those of the loss itself, and no random number of the training is used up."""
+    """Inside, there is no dropout: gradients are those of the loss itself, and no random number of the training is used up.
+
+    Layers that are to compute their activations again in backward (``model.gradient_checkpointing``) do so while they are in
+    training mode alone, so they stay in it; what is inside of them does not.
+    """
     was_training = policy.training
     policy.eval()
+    for module in policy.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = True
     try:
         yield
     finally:

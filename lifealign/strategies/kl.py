@@ -55,7 +55,11 @@ class Distillation(Strategy):
                 raise UserError(f"strategy.{key}={getattr(self, key)}: must be at least 1")
 
     def setup(self, run: Run) -> None:
-        self.answers: dict[str, list[int]] = {}  # token ids, by the key of the pair in hexadecimal digits
+        self._take({})
+
+    def _take(self, answers: dict[str, list[int]]) -> None:
+        self.answers = answers  # token ids, by the key of the pair in hexadecimal digits
+        self._tokens: int | None = None  # of the answers that an epoch meets, once that is counted
 
     def begin_task(self, context: Context) -> None:
         if context.task_number == 0:
@@ -71,7 +75,7 @@ class Distillation(Strategy):
             max_new_tokens=self.max_new_tokens,
             seed=context.generator("answers").initial_seed(),
         )
-        self.answers = {pair_key(pairs[i]).hex(): answer for i, answer in zip(drawn, answers, strict=True)}
+        self._take({pair_key(pairs[i]).hex(): answer for i, answer in zip(drawn, answers, strict=True)})
 
     def pair_terms(self, context: Context, seen: Seen) -> Mapping[str, torch.Tensor]:
         if context.task_number == 0:
@@ -81,13 +85,15 @@ class Distillation(Strategy):
         terms = torch.zeros(len(seen.pairs), device=seen.logps.device)
         if places:
             rows = [Row(seen.pairs[i].prompt, [self.answers[keys[i]]]) for i in places]
-            scale = self.strength * len(context.task.train) / self._tokens(context.task.train)
+            scale = self.strength * len(context.task.train) / self._tokens_of(context.task.train)
             terms[places] = -scale * self._logps(context.run, rows)
         return {"kl": terms}
 
-    def _tokens(self, pairs: Sequence[Pair]) -> int:
+    def _tokens_of(self, pairs: Sequence[Pair]) -> int:
         """Tokens of answers that an epoch over the task's pairs meets; a pair that stands twice has its answer twice."""
-        return sum(len(self.answers.get(pair_key(pair).hex(), ())) for pair in pairs)
+        if self._tokens is None:
+            self._tokens = sum(len(self.answers.get(pair_key(pair).hex(), ())) for pair in pairs)
+        return self._tokens
 
     def _logps(self, run: Run, rows: list[Row]) -> torch.Tensor:
         """(rows,) log-probability of each row's one response, differentiable."""
@@ -99,11 +105,11 @@ class Distillation(Strategy):
         return State({"answers": self.answers})
 
     def load_state_dict(self, state: State) -> None:
-        self.answers = state.values["answers"]
+        self._take(state.values["answers"])
 
     def stage_state(self) -> State:
         """The answers that this stage is held to: drawn again, on another device, a token of them might be another."""
         return self.state_dict()
 
     def load_stage_state(self, state: State) -> None:
-        self.answers = state.values.get("answers", self.answers)
+        self._take(state.values.get("answers", self.answers))

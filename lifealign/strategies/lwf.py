@@ -26,6 +26,14 @@ class PairTable:
     def __init__(self, pairs: Sequence[Pair] = (), rows: Sequence[torch.Tensor] | torch.Tensor = ()) -> None:
         self._rows = {pair_key(pair): row for pair, row in zip(pairs, rows, strict=True)}
 
+    def check(self, pairs: Sequence[Pair]) -> None:
+        """Raises UserError where a pair has no row: the rows of its task were changed within the task."""
+        if any(pair_key(pair) not in self._rows for pair in pairs):
+            raise UserError(
+                "the task's rows are not those that it began with, of which alone the policy before it was asked; give it "
+                "those until it is done, or start over with resume=never"
+            )
+
     def of(self, pairs: Sequence[Pair]) -> torch.Tensor:
         """(pairs, numbers a row). Raises KeyError for a pair that has none."""
         return torch.stack([self._rows[pair_key(pair)] for pair in pairs])
@@ -73,8 +81,9 @@ class LearningWithoutForgetting(Strategy):
     """In the preference stage the policy is also to prefer what the policy before the task preferred, on the task's own pairs.
 
     From the second task on, strength * T^2 * H(sigma(r_old / T), sigma(r / T)) is added for each pair. The first task is
-    that of ``seqft``: before it every r is 0, and there is nothing to keep. The SFT stage, which prefers nothing, is left
-    alone. The policy before the task is asked once a task.
+    that of ``seqft``: before it there is the base alone, under which every r is 0 (but SimPO's, which has no reference), and
+    nothing was learned that could be kept. The SFT stage, which prefers nothing, is left alone. The policy before the task is
+    asked once a task.
     """
 
     whole_parameters = OUTSIDE_AN_ENGINE
@@ -94,6 +103,10 @@ class LearningWithoutForgetting(Strategy):
     def begin_task(self, context: Context) -> None:
         if context.task_number > 0:
             self.before = PairTable(context.task.train, context.run.score(context.task.train))
+
+    def begin_stage(self, context: Context) -> None:
+        if context.stage == "preference" and context.task_number > 0:
+            self.before.check(context.task.train)
 
     def pair_terms(self, context: Context, seen: Seen) -> Mapping[str, torch.Tensor]:
         if context.stage != "preference" or context.task_number == 0:

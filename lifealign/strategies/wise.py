@@ -90,12 +90,18 @@ class WeightAveraging(Strategy):
         write_factors(model, after, dict.fromkeys(after, 0))
 
     def state_dict(self) -> State:
-        if self.average is Average.ema:
-            return State(tensors=dict(self.start))
-        return State(tensors=dict(self.total))  # the start is the run's own
+        kept = {"start": self.start} | ({"total": self.total} if self.average is Average.task_vectors else {})
+        tensors = {f"{part}/{name}": factor for part, factors in kept.items() for name, factor in factors.items()}
+        return State({"average": self.average.value}, tensors)
 
     def load_state_dict(self, state: State) -> None:
-        if self.average is Average.ema:
-            self.start = state.tensors
-        else:
-            self.total = state.tensors
+        before = state.values["average"]
+        if before != self.average.value:
+            raise UserError(
+                f"strategy.average={self.average.value}: the run's weights are averaged by another; give it {before}"
+            )
+        parts = {"start": {}, "total": {}}
+        for key, factor in state.tensors.items():
+            part, _, name = key.partition("/")
+            parts[part][name] = factor
+        self.start, self.total = parts["start"], parts["total"] or self.total
