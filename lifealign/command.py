@@ -137,8 +137,8 @@ def _tell_of_job(error: Exception, job: sweep.Job) -> None:
     """Say why a job of a sweep failed, and take note of it.
 
     Raises:
-        _SweepStopped: where no job may follow: this rank failed alone, and the others wait for it within the job; or a signal
-            asked for an end.
+        _SweepStopped: where no job may follow, because a signal asked for an end. A rank that failed alone ends here, since the
+            others wait for it within the job.
     """
     known = isinstance(error, KNOWN)
     together = distributed.all_come(f"failure of job {job.number}", GRACE_SECONDS)
@@ -152,7 +152,7 @@ def _tell_of_job(error: Exception, job: sweep.Job) -> None:
     if not together:
         told = "failed alone, and the others wait for it: the sweep ends here, and the same command goes on"
         print(f"error: rank {distributed.rank()} {told}", file=sys.stderr, flush=True)
-        raise _SweepStopped(exit_code(error))
+        _end_alone(exit_code(error))
 
 
 def _end_sweep(folder: Path, after_sweep: AfterSweep | None) -> list[int]:
@@ -182,29 +182,40 @@ def exit_codes() -> Iterator[list[int]]:
     Yields a list to which the codes of failures that have been told already are added.
     """
     codes: list[int] = []
+    together = True
     try:
         yield codes
     except KNOWN as error:
         codes.append(exit_code(error))
         _print_error(error)
-        if not distributed.all_come("the end", GRACE_SECONDS) and not distributed.is_main():
+        together = distributed.all_come("the end", GRACE_SECONDS)
+        if not together and not distributed.is_main():
             _print_error(error, alone=True)
     except Exception:
         if distributed.world_size() == 1:
             raise
-        # Told before the group is left: over nccl leaving may wait for ranks that wait for this one.
-        traceback.print_exc()
-        if not distributed.all_come("the end", GRACE_SECONDS):
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)
+        traceback.print_exc()  # now: what follows may take long
         codes.append(1)
+        together = distributed.all_come("the end", GRACE_SECONDS)
     finally:
-        distributed.stop()
+        if together:
+            distributed.stop()
     if codes:
+        code = max(codes) if max(codes) > SIGNALLED else min(codes)  # a signal first, then 1, 2, 3
+        if not together:
+            _end_alone(code)
         if not distributed.is_main():
             time.sleep(GRACE_SECONDS)
-        sys.exit(max(codes) if max(codes) > SIGNALLED else min(codes))  # a signal first, then 1, 2, 3
+        sys.exit(code)
+
+
+def _end_alone(code: int) -> NoReturn:
+    """End this rank where others are at work. Over nccl, leaving the group could wait for ranks that wait for this one."""
+    if not distributed.is_main():
+        time.sleep(GRACE_SECONDS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _print_error(error: Exception, *, alone: bool = False) -> None:

@@ -412,9 +412,10 @@ class Lifelong:
             self.reference.load_state_dict(parts["reference"])
         with self._told():
             self.strategy.load_state_dict(State(state["strategy"], parts["strategy"], found.files))
-        if forced and self.position.phase == PHASES[-1] and self.config.objective.needs_reference:
-            # No stage comes before the strategy is asked what it makes of the task: of its pairs as they are now.
-            with inference_engine(self.policy, self.config.zero) as module:
+        if force and self.position.phase == PHASES[-1] and self.config.objective.needs_reference:
+            # No stage comes before the strategy is asked what it makes of the task: of its pairs and base as they are now.
+            stopping = stopping_between_batches(self._stop_if_asked)
+            with stopping, inference_engine(self.policy, self.config.zero) as module:
                 task = self.plan[self.position.task].task
                 self._ensure_reference(module, task.train, task, log_it=False)
         self.tracker.rewind(state["metrics_bytes"], state["metrics_sha256"])

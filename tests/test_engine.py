@@ -37,7 +37,7 @@ def engine_of(
 
 
 def take_a_step(engine: deepspeed.DeepSpeedEngine) -> None:
-    engine.backward(engine(torch.ones(1, 5)).sum())
+    engine.backward(engine(torch.ones(1, 5, device=distributed.device())).sum())
     step(engine)
 
 

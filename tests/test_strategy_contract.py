@@ -30,6 +30,8 @@ from lifealign.runtime import checkpoint, distributed
 from lifealign.runtime.options import TrackingMode, TrackingOptions
 from lifealign.runtime.tracking import Tracker
 
+pytestmark = pytest.mark.timeout(900)  # one launch runs all cases on two ranks
+
 NAMES = sorted(name.removesuffix(".yaml") for name in ConfigStore.instance().repo["schema"]["strategy"])
 
 OPTIONS: dict[str, tuple[str, ...]] = {

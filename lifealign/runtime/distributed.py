@@ -166,10 +166,10 @@ def all_come(place: str, seconds: float) -> bool:
     if world_size() == 1 or not dist.is_initialized():
         return True
     store = dist.distributed_c10d._get_default_store()
-    store.set(f"{place}, rank {rank()}", "here")
     try:
+        store.set(f"{place}, rank {rank()}", "here")
         store.wait([f"{place}, rank {number}" for number in range(world_size())], timedelta(seconds=seconds))
-    except RuntimeError:  # time is up; stores have no kind of error in common for it but this
+    except RuntimeError:  # time is up, or the rank that keeps the store has gone; stores have no other kind of error in common
         return False
     return True
 

@@ -39,7 +39,8 @@ class ZeroOptions:
     def offloads_optimizer(self) -> bool:
         """Whether DeepSpeed is to keep the optimiser's state in the host's memory, or on disk."""
         section = self.settings.get("offload_optimizer")
-        return self.stage > 0 and isinstance(section, Mapping) and section.get("device", "cpu") != "none"
+        offloads = isinstance(section, Mapping) and section.get("device", "none") != "none"
+        return self.stage > 0 and (offloads or bool(self.settings.get("cpu_offload")))  # the latter is an older name for it
 
 
 def deepspeed_config(

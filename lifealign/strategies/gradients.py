@@ -91,12 +91,14 @@ def _evaluating(policy: Policy) -> Iterator[None]:
     """Inside, there is no dropout: gradients are those of the loss itself, and no random number of the training is used up.
 
     Layers that are to compute their activations again in backward (``model.gradient_checkpointing``) do so while they are in
-    training mode alone, so they stay in it; what is inside of them does not.
+    training mode alone, so they stay in it; what is inside of them does not. Where the model itself has dropout, which some
+    layers apply in their own forward, they keep their activations.
     """
     was_training = policy.training
     policy.eval()
+    drops = any("drop" in key and isinstance(value, float) and value > 0 for key, value in policy.base.config.to_dict().items())
     for module in policy.modules():
-        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing and not drops:
             module.training = True
     try:
         yield
