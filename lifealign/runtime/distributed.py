@@ -163,7 +163,7 @@ def all_come(place: str, seconds: float) -> bool:
 
     No collective: ranks may ask that have left one in which others still wait.
     """
-    if world_size() == 1 or not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return True
     store = dist.distributed_c10d._get_default_store()
     try:
