@@ -8,9 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lifealign.config import Config
 from lifealign.data.tasks import Task
+from lifealign.errors import UserError
 from lifealign.evaluation.evaluate import Evaluator
 from lifealign.evaluation.judge import Judge, judge_folder
-from lifealign.models.loading import attach_lora, enable_gradient_checkpointing, load_base
+from lifealign.models.loading import attach_lora, count_positions, enable_gradient_checkpointing, load_base
 from lifealign.models.policy import Policy, choose_head, choose_layout, choose_operations
 from lifealign.models.scoring import ReferenceLogps, pair_row
 from lifealign.runtime import distributed
@@ -23,6 +24,7 @@ def make_policy(config: Config, tasks: Sequence[Task]) -> Policy:
     model = attach_lora(base, config.strategy.lora(config.model.lora, len(tasks)), seed=config.seed)
     policy = Policy(model)
     config.strategy.setup_model(policy, config.seed)
+    check_positions(config, tasks, prefix=len(policy.prefix))
     longest = max(policy.prefixed(pair_row(pair)).length for task in tasks for pair in [*task.train, *task.test])
     with inference_engine(policy, config.zero) as module:
         module.eval()
@@ -32,6 +34,32 @@ def make_policy(config: Config, tasks: Sequence[Task]) -> Policy:
     if config.model.gradient_checkpointing:
         enable_gradient_checkpointing(model, zero_stage=config.zero.stage)
     return policy
+
+
+def check_positions(config: Config, tasks: Sequence[Task], prefix: int = 0) -> None:
+    """Refuse rows that are longer than what the base was made for, behind which it computes noise or nothing.
+
+    Args:
+        prefix: tokens that the policy reads in front of every prompt.
+
+    Raises:
+        UserError: naming what makes them shorter.
+    """
+    positions, evaluation = count_positions(config.model), config.evaluation
+    if positions is None:
+        return
+    rows = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for task in tasks for p in [*task.train, *task.test]]
+    if prefix + max(rows) > positions:
+        raise UserError(
+            f"model.path={config.model.path}: has {positions} positions, and the longest row has {prefix + max(rows)} tokens; "
+            "lower data.max_prompt_tokens or data.max_response_tokens"
+        )
+    asked = max(len(p.prompt) for task in tasks for p in task.test[: evaluation.max_generations])
+    if evaluation.generates and prefix + asked + evaluation.max_new_tokens > positions:
+        raise UserError(
+            f"model.path={config.model.path}: has {positions} positions, and the longest prompt with its answer may have "
+            f"{prefix + asked + evaluation.max_new_tokens}; lower data.max_prompt_tokens or evaluation.max_new_tokens"
+        )
 
 
 def judged_tasks(config: Config) -> list[tuple[str, str | None]]:

@@ -38,6 +38,22 @@ def only(item: dict[str, Any], columns: Columns | None = None) -> tuple[list[dic
 SKY = ([user("The sky is")], "blue.", "black.")
 
 
+def test_a_prompt_that_is_null_is_none_to_be_guessed() -> None:
+    row = {"prompt": None, "chosen": "I think the sky is blue.", "rejected": "I think the sky is black."}
+    with pytest.raises(UserError, match=r"row 1: column 'prompt' is null"):
+        preferences(row)
+    assert only({**row, "question": "What is it?"})[0] == [user("What is it?")]
+    assert only({key: row[key] for key in ("chosen", "rejected")})[0] == [user("I think the sky is")]
+
+
+@pytest.mark.parametrize("name", ["prompt", "promt"])
+def test_a_prompt_column_beside_whole_conversations_is_asked_about(name: str) -> None:
+    row = {"prompt": "before", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
+    with pytest.raises(UserError, match=rf"columns\.prompt={name}: the responses are whole conversations"):
+        preferences(row, columns=Columns(prompt=name))
+    assert only(row) == ([user("a")], "b", "c")
+
+
 @pytest.mark.parametrize(
     "row",
     [

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from lifealign.data.options import Columns, DataOptions, HubSource, SequenceOptions, TaskSource
 from lifealign.data.tasks import Task, load_tasks, seen_prompts
 from lifealign.data.tokenize import Pair, PairTokenizer, apply_template
-from lifealign.errors import UserError
+from lifealign.errors import UserError, check_name
 
 WORDS = [
     "[UNK]",
@@ -109,6 +109,14 @@ def test_trl_forms_give_identical_ids(tmp_path: Path, tokenizer: PreTrainedToken
     }
 
 
+def test_the_longest_name_of_a_task() -> None:
+    """The name of an entry of long-term memory has the task's in it, and must be one as well."""
+    assert sequence("x" * 180).tasks == ["x" * 180]
+    check_name("entry", f"9999_{'x' * 180}_preference")
+    with pytest.raises(UserError, match="181 characters; at most 180"):
+        sequence("x" * 181)
+
+
 def test_several_turns_are_readable(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     (pair,) = load(tmp_path, tokenizer, [row("Human: a\nAssistant: b\nHuman: the sky")]).train
     assert pair.prompt == ids(
@@ -116,6 +124,33 @@ def test_several_turns_are_readable(tmp_path: Path, tokenizer: PreTrainedTokeniz
         "<|im_start|> user the sky <|im_end|> <|im_start|> assistant"
     )
     assert pair.prompt_text == "user: a\nassistant: b\nuser: the sky"
+
+
+def test_what_spells_a_control_token_ends_no_turn(tmp_path: Path, tokenizer: Any) -> None:
+    """Taken apart, ``<`` and ``|im_end|>`` are words that this tokenizer does not know."""
+    (pair,) = load(tmp_path, tokenizer, [row(prompt="the <|im_end|> sky", chosen="blue <eos> very")]).train
+    marked = [ID["<eos>"], ID["<|im_end|>"]]
+    assert [token for token in pair.prompt if token in marked] == [ID["<|im_end|>"]]
+    assert [token for token in pair.chosen if token in marked] == [ID["<|im_end|>"]]
+    assert pair.chosen_text == "blue <eos> very"
+
+
+def test_a_response_follows_its_prompt_in_the_eyes_of_a_tokenizer_that_begins_texts_with_a_space(tmp_path: Path) -> None:
+    """As Llama 2's does, behind a template that opens the answer with plain text."""
+    vocabulary = {
+        piece: number for number, piece in enumerate(["[UNK]", "<eos>", "▁", "▁u", "▁a", "u", "a", ":", "b", "c", "\n"])
+    }
+    pieces = Tokenizer(models.BPE(vocabulary, [("▁", "u"), ("▁", "a")], unk_token="[UNK]"))
+    pieces.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    made = PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="[UNK]", eos_token="<eos>")
+    made.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    )
+    assert made("a", add_special_tokens=False).input_ids == [vocabulary["▁a"]]
+    (pair,) = load(tmp_path, made, [row(prompt="c", chosen="a", rejected="b")]).train
+    assert pair.prompt == [vocabulary[piece] for piece in ("▁u", ":", "c", "a", ":")]
+    assert pair.chosen == [vocabulary["a"], vocabulary["<eos>"]]
+    assert pair.rejected == [vocabulary["b"], vocabulary["<eos>"]]
 
 
 def test_truncation_keeps_the_end_of_the_prompt_and_the_end_token(tmp_path: Path, tokenizer: Any) -> None:

@@ -93,6 +93,32 @@ def test_generation_merges_and_says_the_same(policy: Policy, monkeypatch: pytest
         assert generation.generate(policy, policy, prompts, tokenizer, batch_size=4, max_new_tokens=16) != answers
 
 
+def test_greedy_is_greedy_whatever_the_model_brings(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instruct models ship settings, such as a repetition penalty, that transformers puts in where none are given."""
+    config = configured()
+    tokenizer = load_tokenizer(config.model)
+    prompts = [p.prompt for p in load_tasks(config.sequence, config.data, tokenizer, SIX_DOMAINS)[0].test[:4]]
+    answers = generation.generate(policy, policy, prompts, tokenizer, batch_size=4, max_new_tokens=16)
+    monkeypatch.setattr(policy.base.generation_config, "repetition_penalty", 5.0)
+    monkeypatch.setattr(policy.base.generation_config, "num_beams", 3)
+    assert generation.generate(policy, policy, prompts, tokenizer, batch_size=4, max_new_tokens=16) == answers
+    assert policy.base.generation_config.repetition_penalty == 5.0
+
+
+def test_answers_end_where_rows_end(policy: Policy) -> None:
+    """Of a base whose template ends turns with another token than its eos, as Qwen's do."""
+    tokenizer = load_tokenizer(configured().model)
+    end = tokenizer.eos_token_id
+    tokenizer.eos_token = tokenizer.pad_token
+    assert tokenizer.eos_token_id != end
+    assert generation._end_ids(policy, tokenizer) == sorted({end, tokenizer.eos_token_id})
+    policy.base.generation_config.eos_token_id, kept = None, policy.base.generation_config.eos_token_id
+    try:
+        assert generation._end_ids(policy, tokenizer) == sorted({end, tokenizer.eos_token_id})
+    finally:
+        policy.base.generation_config.eos_token_id = kept
+
+
 @pytest.mark.parametrize("fails", [False, True], ids=["normal", "exception"])
 def test_the_very_weights_come_back(policy: Policy, fails: bool) -> None:
     before, copies, places = weights(policy), [w.clone() for w in weights(policy)], [w.data_ptr() for w in weights(policy)]

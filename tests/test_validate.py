@@ -247,6 +247,18 @@ def test_a_quantised_base_that_cannot_be_had() -> None:
     assert "model.quantization=nf4: " in told(validate("model.quantization=nf4", "zero=3"))
 
 
+def test_rows_that_are_longer_than_the_base_was_made_for(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(TINY_MODEL, tmp_path / "model"))
+    written = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**written, "max_position_embeddings": 60}))
+    line = told(validate(f"model.path={model}"))
+    assert "has 60 positions, and the longest row has " in line and "lower data.max_prompt_tokens" in line
+    short = f"model.path={model}", "data.max_prompt_tokens=20", "data.max_response_tokens=20", "evaluation.metrics=[rouge_l]"
+    assert validate(*short, "evaluation.max_new_tokens=40").code == 0
+    line = told(validate(*short, "evaluation.max_new_tokens=41"))
+    assert "may have 61; lower data.max_prompt_tokens or evaluation.max_new_tokens" in line
+
+
 def test_an_option_may_stand_last(tmp_path: Path) -> None:
     assert validate("--config-dir", str(tmp_path)).code == 0
 

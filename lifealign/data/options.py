@@ -75,6 +75,10 @@ class TaskSource:
     part: list[float] = field(default_factory=lambda: [0.0, 1.0])  # from where to where of the usable training rows
 
 
+LONGEST_NAME = 180
+"""Characters of a task's name: folders' names have more in them, and end at 200."""
+
+
 @dataclass
 class SequenceOptions:
     """``sequence.*``: the tasks, in the order in which the model meets them."""
@@ -87,6 +91,8 @@ class SequenceOptions:
         check_name("sequence.name", self.name)
         for task in self.tasks:
             check_name("sequence.tasks", task)
+            if len(task) > LONGEST_NAME:
+                raise UserError(f"sequence.tasks: the name {task[:20]}… has {len(task)} characters; at most {LONGEST_NAME}")
         for task, source in self.sources.items():
             check_name("sequence.sources", task)
             check_name(f"sequence.sources.{task}.of", source.of or task)

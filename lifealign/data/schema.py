@@ -53,6 +53,11 @@ def read_row(row: Row, columns: Columns) -> Draft:
     """
     chosen, rejected = _responses(row, columns)
     if _holds_prompt(chosen) or _holds_prompt(rejected):
+        if columns.prompt:
+            raise RowMistake(
+                f"columns.prompt={columns.prompt}: the responses are whole conversations, prompt included; leave it out, or "
+                "name columns that hold answers alone"
+            )
         return _from_conversations(_conversation(chosen), _conversation(rejected))
     prompt_column = _prompt_column(row, columns)
     if prompt_column is not None:
@@ -130,7 +135,11 @@ def _prompt_column(row: Row, columns: Columns) -> str | None:
     if columns.prompt:
         value_of(row, columns.prompt)
         return columns.prompt
-    return next((name for name in PROMPT_COLUMNS if row.get(name) is not None), None)
+    present = [name for name in PROMPT_COLUMNS if name in row]
+    found = next((name for name in present if row[name] is not None), None)
+    if present and found is None:  # the beginning that two answers share is no prompt where there should be another
+        raise RowMistake(f"column '{present[0]}' is null")
+    return found
 
 
 def _prompt(row: Row, column: str) -> list[Turn]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -94,18 +94,23 @@ class PairTokenizer:
         return kept, dropped
 
     def _tokenise(self, preferences: Sequence[Preference]) -> list[Pair]:
-        texts = [text for preference in preferences for text in self._render(preference)]
-        ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        texts = [self._render(preference) for preference in preferences]
+        ids = self._ids([prompt + rest for prompt, *responses in texts for rest in ("", *responses)])
         special = self._end_ids()
         pairs = []
         for row, preference in enumerate(preferences):
-            prompt, chosen, rejected = ids[3 * row : 3 * row + 3]
+            prompt, *whole = ids[3 * row : 3 * row + 3]
+            responses = [
+                # A tokenizer that puts a space before every text must not see a response as a text of its own.
+                sequence[len(prompt) :] if sequence[: len(prompt)] == prompt else self._ids([response])[0]
+                for sequence, response in zip(whole, texts[row][1:], strict=True)
+            ]
             pairs.append(
                 Pair(
                     preference.id,
                     prompt[-self.max_prompt_tokens :],
-                    self._cut(chosen, special),
-                    self._cut(rejected, special),
+                    self._cut(responses[0], special),
+                    self._cut(responses[1], special),
                     readable(preference.prompt),
                     preference.chosen,
                     preference.rejected,
@@ -113,12 +118,16 @@ class PairTokenizer:
             )
         return pairs
 
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
     def _render(self, preference: Preference) -> tuple[str, str, str]:
         """Prompt text and the two response texts, as the template writes them."""
-        turns = list(preference.prompt)
+        plain = plain_speller(self.tokenizer)
+        turns: list[Turn] = [{"role": turn["role"], "content": plain(turn["content"])} for turn in preference.prompt]
         prompt = self._template(turns, preference.id, add_generation_prompt=True)
         responses = []
-        for answer in (preference.chosen, preference.rejected):
+        for answer in map(plain, (preference.chosen, preference.rejected)):
             whole = self._template([*turns, {"role": "assistant", "content": answer}], preference.id)
             if not whole.startswith(prompt):
                 raise UserError(
@@ -151,6 +160,22 @@ class PairTokenizer:
         added = self.tokenizer.added_tokens_decoder
         special = {*self.tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)}
         return special - {self.tokenizer.unk_token_id, self.tokenizer.bos_token_id} | {self.tokenizer.eos_token_id}
+
+
+def plain_speller(tokenizer: Any) -> Callable[[str], str]:
+    """What takes apart, by a space, every spelling of a special token in a text: none ends its own turn, or opens another."""
+    added = tokenizer.added_tokens_decoder.values()
+    special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+    longest_first = sorted(filter(lambda token: len(token) > 1, special), key=len, reverse=True)
+    spelled = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    return lambda text: spelled.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """The id that ends every response as the model reads it: of the template's own end, which need not be the eos token."""
+    row = Preference("", ({"role": "user", "content": "?"},), "yes", "no")
+    (pair,), _ = PairTokenizer(tokenizer, max_prompt_tokens=1, max_response_tokens=2).pairs([row], None)
+    return pair.chosen[-1]
 
 
 def readable(prompt: Sequence[Turn]) -> str:

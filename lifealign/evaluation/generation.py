@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lifealign.data.batch import length_buckets
+from lifealign.data.tokenize import end_of_turn
 from lifealign.models.adapter import merged, read_added, read_factors
 from lifealign.models.loading import pad_token_id
 from lifealign.models.policy import Policy
@@ -98,7 +99,7 @@ def _answers(
     mine: dict[int, list[int]] = {}
     config = _config(policy, tokenizer, max_new_tokens, sampled=seed is not None)
     # Merged, since a decoded token would pay for every small product of the adapter; measured to be faster.
-    with _settings_aside(policy, seed is not None), merged(policy.model):
+    with _settings_aside(policy), merged(policy.model):
         for start in range(0, len(buckets), world):
             between_batches()
             number = min(start + distributed.rank(), len(buckets) - 1)
@@ -113,11 +114,11 @@ def _answers(
 
 
 @contextmanager
-def _settings_aside(policy: Policy, aside: bool) -> Iterator[None]:
-    """Inside, the model has no generation settings of its own, by which transformers would fill up those that are not given."""
+def _settings_aside(policy: Policy) -> Iterator[None]:
+    """Inside, the model has no generation settings of its own, by which transformers would fill up those that are not given:
+    a repetition penalty or beams, by which an answer is not the greedy one."""
     own = policy.base.generation_config
-    if aside:
-        policy.base.generation_config = GenerationConfig()
+    policy.base.generation_config = GenerationConfig()
     try:
         yield
     finally:
@@ -156,7 +157,7 @@ def _generate_batch(
 
 
 def _config(policy: Policy, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, *, sampled: bool) -> GenerationConfig:
-    """Decoding that stops where the model's own configuration says a reply ends; sampled: from the whole vocabulary."""
+    """Decoding that stops where rows end, or the model's own configuration ends a reply; sampled: from the whole vocabulary."""
     return GenerationConfig(
         do_sample=sampled,
         **(UNCHANGED if sampled else {}),
@@ -170,4 +171,4 @@ def _config(policy: Policy, tokenizer: PreTrainedTokenizerBase, max_new_tokens: 
 def _end_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     own = policy.base.generation_config
     ends = own.eos_token_id if own is not None and own.eos_token_id is not None else []
-    return sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])})
+    return sorted({tokenizer.eos_token_id, end_of_turn(tokenizer), *(ends if isinstance(ends, list) else [ends])})

@@ -95,6 +95,19 @@ def check_model_config(options: ModelOptions) -> None:
         raise UserError(f"model.path={options.path}: its config.json asks for attention from {attention}; take that out")
 
 
+def count_positions(options: ModelOptions) -> int | None:
+    """How many tokens the base was made to read at once; None where its configuration does not say.
+
+    Raises:
+        UserError: where there is no configuration that transformers knows.
+    """
+    try:
+        config = AutoConfig.from_pretrained(resolve_path(options), trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # as above
+        raise UserError(f"model.path={options.path}: no causal language model could be loaded ({_reason(error)})") from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def make_skeleton(options: ModelOptions) -> PreTrainedModel:
     """The base as its configuration says it is, with new weights; under ``torch.device("meta")`` with none.
 

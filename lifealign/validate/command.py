@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from rich.console import RenderableType
 from rich.table import Table
 
-from lifealign.assembly import judged_tasks
+from lifealign.assembly import check_positions, judged_tasks
 from lifealign.assets import SIX_DOMAINS
 from lifealign.config import build
 from lifealign.data.options import DataOptions
@@ -42,6 +42,7 @@ def validate(composed: DictConfig, ranks: int | None = None) -> None:
     tokenizer = load_tokenizer(config.model)
     recorder = LengthRecorder(tokenizer)
     tasks = load_tasks(config.sequence, config.data, recorder, SIX_DOMAINS)
+    check_positions(config, tasks)
     config.check_batches({task.name: len(task.train) for task in tasks}, ranks)
     work = plan_work(config, tasks, ranks)
     _show(_task_table(tasks, config.data), length_table(recorder, config.data))
