@@ -66,8 +66,9 @@ class Scorer:
 
 def _check_adapter(own: Config, config: Config) -> None:
     """Raises UserError where the run's adapters would not fit the policy that a configuration makes."""
-    shapes = [(c.model.path, c.strategy.lora(c.model.lora, len(c.sequence.tasks))) for c in (own, config)]
-    if shapes[0] != shapes[1]:
+    bases = [(c.model.path, c.model.quantization) for c in (own, config)]
+    shapes = [c.strategy.lora(c.model.lora, len(c.sequence.tasks)) for c in (own, config)]
+    if bases[0] != bases[1] or shapes[0] != shapes[1]:
         raise UserError(
             "the overrides ask for another base or another adapter than the run's: leave model.* as it is, and with "
             f"strategy=olora, whose adapter is as wide as its sequence is long, name {len(own.sequence.tasks)} tasks"
@@ -127,7 +128,11 @@ SETTINGS = "settings.yaml"
 
 
 def _refuse_other_scores(to: Path, settings: Mapping[str, Any]) -> None:
-    """Raises UserError where a folder holds scores that were made with other settings: they are not written over."""
+    """Raises UserError where a folder is a run's own, or holds scores that were made otherwise: nothing is written over."""
+    place = to.resolve()
+    owners = [place, *(folder.parent for folder in (place, *place.parents) if folder.name == "tasks")]
+    if any((owner / "config.yaml").exists() for owner in owners):
+        raise UserError(f"to={to}: here are a run's own scores, which are not written over; name another folder")
     scored = any(any(to.glob(names)) for names in ("scores.json", "*.predictions.jsonl", "[0-9]*_*/predictions.jsonl"))
     note = to / SETTINGS
     changed = differences(read_yaml(note), dict(settings)) if scored and note.exists() else []

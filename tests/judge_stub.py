@@ -74,6 +74,7 @@ class JudgeStub:
         self.completions: Counter[str] = Counter()  # of usable replies, counted just before they are sent
         self.times: dict[str, list[float]] = defaultdict(list)  # of requests, by item
         self.authorizations: set[str] = set()
+        self.headers: list[Message] = []  # of each request
         self.bodies: list[dict[str, Any]] = []
         self.before: Any = None  # what a test notes between two evaluations
         self.busiest = 0  # most requests that were under way at once
@@ -105,6 +106,7 @@ class JudgeStub:
             self.requests[item] += 1
             self.times[item].append(time.monotonic())
             self.authorizations.add(headers["Authorization"])
+            self.headers.append(headers)
             self.keys[item].append(headers["Idempotency-Key"])
             self.bodies.append(body)
             self._busy += 1

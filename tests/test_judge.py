@@ -397,9 +397,21 @@ def test_a_refused_key_stops_with_the_variables_name(tmp_path: Path, status: str
 
 def test_another_key_of_the_user_is_never_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"Authorization: Bearer {KEY}\napi-key: {KEY}")
+    monkeypatch.setenv("OPENAI_ORG_ID", KEY)
     with JudgeStub() as stub:
         judged(stub, tmp_path, 1)
     assert stub.authorizations == {"Bearer none"}
+    assert stub.headers and not [name for headers in stub.headers for name, value in headers.items() if KEY in value]
+    assert os.environ["OPENAI_ORG_ID"] == KEY
+
+
+def test_a_key_that_no_header_can_hold_is_told_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", f"{KEY}…")
+    given = JudgeOptions(base_url="http://127.0.0.1:9/v1", model="stub", api_key_env="JUDGE_KEY")
+    with pytest.raises(UserError, match=r"JUDGE_KEY holds characters that no key has") as told:
+        check_judge(given, [("instruct", None)])
+    assert KEY not in str(told.value)
 
 
 def test_what_is_sent_is_a_chat_completion_with_the_settings(tmp_path: Path) -> None:

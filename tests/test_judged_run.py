@@ -100,6 +100,18 @@ def test_a_signal_while_the_judge_is_asked_ends_after_the_replies_under_way(
     assert set(stub.completions.values()) == {2}
 
 
+def test_a_run_goes_on_where_the_judge_can_grade_nothing_of_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scored again by a judge that answers, it has the figures that it lacks."""
+    monkeypatch.setenv("JUDGE_CANARY", CANARY)
+    replies = ["no number"]
+    with JudgeStub(answer=lambda message: replies[0] if replies else marked(message)) as stub:
+        where = (f"evaluation.judge.base_url={stub.url}", f"cache.dir={tmp_path / 'cache'}", "evaluation.judge.attempts=1")
+        run = train_here(tmp_path / "run", *JUDGED, *where)
+        assert json.loads((run / "scores.json").read_text())["metrics"]["judge"]["matrix"] == [[None, None], [None, None]]
+        replies.clear()
+        assert rescore(run, []).matrix("judge")[1][1] is not None
+
+
 def test_a_missing_key_is_told_before_anything_is_trained(tmp_path: Path) -> None:
     arguments = (*QUICK, *JUDGED, "evaluation.judge.base_url=http://127.0.0.1:9/v1", f"run.dir={tmp_path / 'run'}")
     ended = end_here(lambda: hydra_command(train), *arguments)

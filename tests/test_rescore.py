@@ -53,6 +53,16 @@ def matrix(folder: Path, metric: str) -> list[list[float | None]]:
     return json.loads((folder / "scores.json").read_text())["metrics"][metric]["matrix"]
 
 
+@pytest.mark.parametrize("words", [(), ("adapter=hc3",)])
+@pytest.mark.parametrize("to", ["", "tasks", "tasks/02_hc3"])
+def test_a_runs_own_scores_are_not_written_over(run: Path, to: str, words: tuple[str, ...]) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    ended = evaluate(run, f"to={run / to}", "evaluation.metrics=[rouge_l]", *words)
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "name another folder" in ended.err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 # -- answers that are there already ------------------------------------------------------------------------------------
 
 

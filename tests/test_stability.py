@@ -34,8 +34,13 @@ def test_by_hand() -> None:
 
 
 def test_nothing_to_say_without_probes() -> None:
-    with pytest.raises(ValueError, match="no probes"):
-        stability([])
+    assert stability([]) is None
+
+
+def test_a_probe_whose_score_overflowed_is_left_out() -> None:
+    taken = [probe(10, "a", 90), {**probe(12, "a", 0), "preference_accuracy": None}, probe(14, "a", 80)]
+    assert stability(taken)["tasks"] == {"a": {"worst": 80, "worst_step": 14, "end": 80}}
+    assert stability(taken[1:2]) is None
 
 
 def test_probes_of_a_run(tmp_path: Path) -> None:

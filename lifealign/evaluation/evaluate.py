@@ -27,7 +27,8 @@ from lifealign.models.scoring import ReferenceCounts, ReferenceLogps, score_pair
 class Evaluation:
     """Scores by metric, what the policy said of each held-out pair, where the rest came from, and what a judge took.
 
-    What is no finite number, where the policy overflows on a row, is None: JSON has no NaN, and it is no score.
+    What is no finite number, where the policy overflows on a row, is None: JSON has no NaN, and it is no score. So is the
+    judge's where it could grade nothing.
     """
 
     scores: dict[str, float | None]
@@ -37,8 +38,8 @@ class Evaluation:
     reused: int = 0  # answers that were known already
 
 
-def finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Evaluator:
         """Score ``module``, the policy or the engine around it, on the task's held-out pairs."""
         pairs = task.test
         wanted = set(self.options.metrics)
-        scores: dict[str, float] = {}
+        scores: dict[str, float | None] = {}
         counts, judged, reused = ReferenceCounts(0, 0, 0), None, 0
         rows = [{"id": p.id, "prompt": p.prompt_text, "chosen": p.chosen_text, "rejected": p.rejected_text} for p in pairs]
         if wanted & set(PREFERENCE_METRICS):
@@ -75,7 +76,6 @@ class Evaluator:
             if self.judge is not None:
                 items = [Item(pair.prompt_text, text) for pair, text in zip(answered, texts, strict=True)]
                 judged = self.judge.grade(task.name, items)
-                assert judged.score is not None, "a judge that graded nothing has raised"
                 scores["judge"] = judged.score
                 for row, grade in zip(rows, judged.grades, strict=False):
                     row["judge"] = grade

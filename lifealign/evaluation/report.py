@@ -73,7 +73,7 @@ def write_report(
         probes: scores of old tasks taken while new ones were learned, as ``metrics.jsonl`` holds them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    gap = stability(probes) if probes else None
+    gap = stability(probes)
     if gap is not None:
         gap["picture"] = _picture(folder / "stability.png", draw_probes(probes, gap["metric"]))
     page = _template().render(

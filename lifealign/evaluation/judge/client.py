@@ -52,14 +52,30 @@ def read_key(options: JudgeOptions) -> str:
     """The key, from the environment and from nowhere else; a placeholder where the endpoint needs none.
 
     Raises:
-        UserError: where the variable is not set.
+        UserError: where the variable is not set, or holds what cannot be a key.
     """
     if options.api_key_env is None:
         return "none"  # given all the same: without one, the openai package would look for the user's OPENAI_API_KEY
     key = os.environ.get(options.api_key_env, "").strip()
     if not key:
         raise UserError(f"evaluation.judge.api_key_env: the environment variable {options.api_key_env} is not set; export it")
+    if not (key.isascii() and key.isprintable()):  # a header cannot hold it, which would come out hours later
+        raise UserError(
+            f"evaluation.judge.api_key_env: the environment variable {options.api_key_env} holds characters that no key has, "
+            "such as a typographic quote or an ellipsis; export the key anew"
+        )
     return key
+
+
+def _client(options: JudgeOptions) -> OpenAI:
+    """What the openai package reads from the environment besides is the user's, for other endpoints: further headers, one
+    of which may be a key, and the names of an organisation and a project."""
+    key = read_key(options)
+    others = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith("OPENAI_")}
+    try:
+        return OpenAI(base_url=options.base_url, api_key=key, timeout=options.timeout, max_retries=0)
+    finally:
+        os.environ.update(others)
 
 
 class Endpoint:
@@ -70,7 +86,7 @@ class Endpoint:
         self.options, self.budget, self.stopping = options, budget, threading.Event()
         self._reached = False
         self._random = random.Random()  # of its own: waits must not change what a seeded run draws
-        self._client = OpenAI(base_url=options.base_url, api_key=read_key(options), timeout=options.timeout, max_retries=0)
+        self._client = _client(options)
         sampling = {"temperature": options.temperature, "max_tokens": options.max_tokens}
         self._sampling: dict[str, Any] = {key: value for key, value in sampling.items() if value is not None}
 

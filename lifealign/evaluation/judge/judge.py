@@ -45,7 +45,7 @@ class Judge:
         """Grades of answers to a task's prompts. Call on every rank.
 
         Raises:
-            UserError: on every rank, where the budget is spent, the endpoint cannot be used, or nothing could be graded.
+            UserError: on every rank, where the budget is spent, or the endpoint cannot be used.
             Interrupted: on every rank, where one of them received SIGTERM or SIGINT meanwhile; verdicts so far are kept.
         """
         result: JudgeResult | None = None
@@ -65,8 +65,6 @@ class Judge:
         of, where = self.tasks[task], self.folder
         result = judge_answers(self.options, items, task=task, of=of, folder=where, budget=self.budget)
         reasons = ", ".join(f"{reason}: {count}" for reason, count in result.failures.items())
-        if result.score is None:
-            raise UserError(f"evaluation.judge: no answer of task '{task}' could be graded ({reasons})")
         if result.failed:
             log.warning("judge: %d of %d answers of %s have no grade (%s)", result.failed, len(items), task, reasons)
         return result

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lifealign.data.tokenize import apply_template, plain_speller
 from lifealign.errors import UserError
 from lifealign.evaluation.judge.rubrics import Question
 from lifealign.runtime import distributed
@@ -30,7 +31,7 @@ class LocalJudge:
         device = distributed.device()
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            self._special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+            self._plain = plain_speller(self.tokenizer)
             dtype = torch.float32 if device.type == "cpu" else "auto"
             safe = {"trust_remote_code": False, "use_safetensors": True}  # neither its code nor pickled weights
             self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **safe).to(device).eval()
@@ -64,12 +65,11 @@ class LocalJudge:
 
         A judged text may spell the tokens that end a turn; they are taken apart, so that no text opens one of its own.
         """
-        for token in self._special:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
+        text = self._plain(text)
         if not self.tokenizer.chat_template:
             return self.tokenizer(text + "\n\n").input_ids
         turns = [{"role": "user", "content": text}]
-        rendered = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        rendered = apply_template(self.tokenizer, turns, add_generation_prompt=True)
         return self.tokenizer(rendered, add_special_tokens=False).input_ids
 
     def _ids(self, reply: str) -> Tokens:
