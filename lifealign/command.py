@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from signal import Signals
 from typing import NoReturn
 
 import hydra
@@ -88,12 +89,12 @@ def hydra_command(
         parser = get_args_parser()
         parser.error = _refuse_arguments  # type: ignore[method-assign]  as below
         given = parser.parse_args()
-        sweeping = given.multirun
-        keys = sweep.swept_keys(given.overrides) if sweeping else []
+        keys = sweep.swept_keys(given.overrides)
         _refuse_processes_apart(sys.argv[1:])
         refuse_packages(sys.argv[1:])
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as they are
         here = os.getpid()
+        failed: list[Exception] = []  # outside of a sweep; told once Hydra is left, as any other mistake
 
         def job(composed: DictConfig) -> object:
             if os.getpid() != here:  # some launchers start a process for a job
@@ -106,13 +107,16 @@ def hydra_command(
                     if current is not None:
                         _tell_of_job(error, current)
                     elif isinstance(error, KNOWN):
-                        codes.append(exit_code(error))
-                        _print_error(error)
+                        failed.append(error)
                     else:
                         raise
                     return None
                 if current is not None:
                     sweep.note(current, 0, None)
+                    if current.stop is not None:
+                        line = f"stopped by {Signals(current.stop).name} after job {current.number}; the same command goes on"
+                        _print_error(Interrupted(line, current.stop))
+                        raise _SweepStopped(SIGNALLED + current.stop)
                 return result
 
         try:
@@ -121,7 +125,9 @@ def hydra_command(
         except _SweepStopped as stopped:
             codes.append(stopped.args[0])
         else:
-            if sweep.Beginning.folder is not None and sweeping and distributed.is_main():
+            if failed:
+                raise failed[0]
+            if sweep.Beginning.folder is not None and distributed.is_main():
                 codes += _end_sweep(sweep.Beginning.folder, after_sweep)
 
 

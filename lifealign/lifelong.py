@@ -31,6 +31,7 @@ from lifealign.models.scoring import ReferenceLogps
 from lifealign.resuming import (
     Midway,
     Tensors,
+    changed_settings,
     check_base,
     check_batches,
     check_midway,
@@ -50,6 +51,7 @@ from lifealign.runtime.optimizer import read_optimizer, write_optimizer
 from lifealign.runtime.options import Resume
 from lifealign.runtime.randomness import read_rng, write_rng
 from lifealign.runtime.signals import StopSignals, stopping_between_batches
+from lifealign.runtime.terminal import console
 from lifealign.runtime.timing import Timing
 from lifealign.runtime.tracking import Tracker
 from lifealign.stages import PreferenceStage, Stage, StageOptions, SupervisedStage
@@ -327,8 +329,9 @@ class Lifelong:
         return Checkpoint("", values, tensors, strategy.files)
 
     def _batch_sizes(self) -> dict[str, int]:
-        """Pairs a step of each stage, over all ranks."""
-        return {name: getattr(self.config, name).global_batch(name, distributed.world_size()) for name in self.stages}
+        """Pairs a step of each stage that is trained, over all ranks."""
+        options = {name: getattr(self.config, name) for name in self.stages}
+        return {name: own.global_batch(name, distributed.world_size()) for name, own in options.items() if own.epochs}
 
     def _save_midway(self, trainer: Trainer, steps: int) -> None:
         """Write a checkpoint within a stage: the one before the stage, and how far the stage has come."""
@@ -423,7 +426,11 @@ class Lifelong:
         self._between_phases = replace(found, state={**state, "base": self.reference.base or base}, tensors=between_phases)
         with self._writing():
             if distributed.is_main():
-                take_up_settings(self.folder, self.settings, forced)
+                if self.position.task < len(self.plan):
+                    take_up_settings(self.folder, self.settings, forced)
+                elif changed_settings(self.folder, self.settings):
+                    line = f"{self.folder}: nothing is left to do, so its settings stay what it was trained with"
+                    console.print(line, markup=False)
                 ahead = numbered_folders(self.folder / "tasks")[self.position.task :]
                 for folder in ahead:  # of a checkpoint that was damaged: they will be made again
                     shutil.rmtree(folder)

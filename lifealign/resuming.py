@@ -135,7 +135,7 @@ def check_midway(folder: Path, midway: Midway, stage: str, options: StageOptions
     if batch_size != midway.batch_size:
         raise UserError(
             f"{folder}: was interrupted in a stage with {midway.batch_size} pairs a step, which would now have "
-            f"{batch_size}; set {stage}.batch_size={midway.batch_size}"
+            f"{batch_size}; run.dir={folder} resume=force {stage}.batch_size={midway.batch_size} goes on as it was"
         )
 
 
@@ -157,12 +157,13 @@ def check_batches(folder: Path, before: Mapping[str, int], now: Mapping[str, int
     Raises:
         UserError: where they are others.
     """
-    changed = [stage for stage, pairs in before.items() if now[stage] != pairs]
+    changed = [stage for stage, pairs in before.items() if now.get(stage, pairs) != pairs]
     if changed and not force:
         stage = changed[0]
         raise UserError(
             f"{folder}: was trained with {before[stage]} pairs a step in its {stage} stages, which would now have "
-            f"{now[stage]}; set {stage}.batch_size={before[stage]}, or go on all the same with resume=force"
+            f"{now[stage]}; run.dir={folder} resume=force {stage}.batch_size={before[stage]} goes on as it was, and without "
+            "the latter with the new number"
         )
     return [f"pairs a step, {stage}: {before[stage]} -> {now[stage]}" for stage in changed]
 

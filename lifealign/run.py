@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -66,6 +65,7 @@ def train(composed: DictConfig) -> float | None:
             finished = distributed.broadcast_object(sweep.finished_scores(folder) if distributed.is_main() else None)
             if finished is not None and config.resume is not Resume.force:
                 console.print(f"{folder}: finished already", markup=False)
+                job.stop = signals.anywhere()
                 return searched(config, finished)
         with log_file(folder), Tracker(config.tracking, folder, told) as tracker:
             lifelong = Lifelong(config, folder, tracker, settings, signals)
@@ -73,12 +73,14 @@ def train(composed: DictConfig) -> float | None:
             lifelong.run()
             if distributed.is_main():
                 try:
-                    report(lifelong, settings)
+                    report(lifelong)
                     tracker.adapter(folder / "adapter")
                 except OSError as error:
                     raise storage_failed(folder, error) from error
                 console.print(closing_table(lifelong.book))
                 console.print(f"{folder}: adapter/, scores.json, report/index.html")
+        if job is not None:
+            job.stop = signals.anywhere()
     return searched(config, lifelong.book)
 
 
@@ -123,7 +125,7 @@ def _wanted_directory(composed: DictConfig, config: Config) -> Path:
 
 def _chosen_directory(folder: Path, config: Config) -> Path:
     if (folder / "config.yaml").exists() and config.resume is Resume.never:
-        if config.run.dir is not None:
+        if config.run.dir is not None and folder == Path(config.run.dir):  # jobs of a sweep have folders of their own
             raise UserError(f"run.dir={folder} holds a run already; name another run.dir, or leave out resume=never")
         return _next_free(folder)
     return folder
@@ -164,16 +166,17 @@ def _dropped(task: Task) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in task.dropped.items() if count) or "none"
 
 
-def report(lifelong: Lifelong, settings: Mapping[str, Any]) -> None:
+def report(lifelong: Lifelong) -> None:
     """Write ``report/`` from what the run left on disk, and ``stability.json`` where old tasks were probed."""
     probes = [row for row in read_json_lines(lifelong.folder / "metrics.jsonl") if row["kind"] == "probe"]
-    if probes:
-        write_json(lifelong.folder / "stability.json", stability(probes))
+    gap = stability(probes)
+    if gap is not None:
+        write_json(lifelong.folder / "stability.json", gap)
     write_report(
         lifelong.folder / "report",
         lifelong.book,
         data=data_summary(lifelong.tasks),
-        config_yaml=yaml.safe_dump(dict(settings), sort_keys=False),
+        config_yaml=(lifelong.folder / "config.yaml").read_text(encoding="utf-8"),
         timing=lifelong.timing.now(),
         changes=read_changes(lifelong.folder / "tasks"),
         consolidation=consolidation_summary(lifelong.folder),

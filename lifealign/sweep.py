@@ -38,6 +38,7 @@ class Job:
     sweep: Path  # the folder of the whole sweep
     swept: dict[str, Any]  # this job's value of each key that the sweep varies
     run: Path | None = None  # its run directory, once it has one
+    stop: int | None = None  # a signal that asked for an end when this job had nothing left to do
 
     @property
     def group(self) -> str:

@@ -1,6 +1,7 @@
 """A command whose jobs fail as told, for tests of sweeps: ``python tests/sweep_job.py -m +sequence=six_domains seed=0,1,2``.
 
-``data.max_train`` says how: 1, by a mistake; 2, by an error of no known kind on every rank; 3, on the last rank alone.
+``data.max_train`` says how: 1, by a mistake; 2, by an error of no known kind on every rank; 3, on the last rank alone; 6, by a
+mistake on the last rank alone.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from lifealign.runtime import distributed  # noqa: E402
 def work(composed: DictConfig) -> None:
     distributed.start()
     how, last = composed.data.max_train, distributed.rank() == distributed.world_size() - 1
-    if how == 1:
-        raise UserError("data.max_train=1: so it goes")
+    if how == 1 or (how == 6 and last):
+        raise UserError(f"data.max_train={how}: so it goes")
     if how == 2 or (how == 3 and last):
         raise RuntimeError(f"lost with seed {composed.seed}")
     distributed.barrier()

@@ -121,7 +121,7 @@ def test_another_batch_size_is_refused_within_a_stage(tmp_path: Path, monkeypatc
     with pytest.raises(Interrupted):
         train_here(tmp_path / "run", "checkpoint.every=1")
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"8 pairs a step, which would now have 4; set sft\.batch_size=8"):
+    with pytest.raises(UserError, match=r"8 pairs a step, which would now have 4; run\.dir=.* resume=force sft\.batch_size=8 "):
         train_here(tmp_path / "run", "sft.batch_size=4", "resume=force")
 
 
@@ -146,10 +146,8 @@ def test_settings_with_which_a_run_cannot_go_on_leave_no_trace(uninterrupted: Pa
         assert not (folder / "forced.jsonl").exists()
 
 
-def test_other_batches_are_refused_between_stages_and_force_accepts_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As with half of the ranks, where no batch size is set."""
+def interrupted_after_a_stage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends, as if it were killed, right behind its first checkpoint between stages."""
     save = Lifelong._save
 
     def save_and_stop(self: Lifelong) -> None:
@@ -158,10 +156,20 @@ def test_other_batches_are_refused_between_stages_and_force_accepts_them(
 
     monkeypatch.setattr(Lifelong, "_save", save_and_stop)
     with pytest.raises(Interrupted):
-        train_here(tmp_path / "run")
+        train_here(folder)
     monkeypatch.undo()
+
+
+def test_other_batches_are_refused_between_stages_and_force_accepts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with half of the ranks, where no batch size is set."""
+    interrupted_after_a_stage(tmp_path / "run", monkeypatch)
     monkeypatch.setattr(StageOptions, "global_batch", lambda *_: 4)
-    with pytest.raises(UserError, match=r"8 pairs a step in its sft stages, which would now have 4; set sft\.batch_size=8, or"):
+    with pytest.raises(
+        UserError,
+        match=r"8 pairs a step in its sft stages, which would now have 4; run\.dir=.* resume=force sft\.batch_size=8 ",
+    ):
         train_here(tmp_path / "run")
     train_here(tmp_path / "run", "resume=force")
     (forced,) = map(json.loads, (tmp_path / "run" / "forced.jsonl").read_text().splitlines())
@@ -174,16 +182,31 @@ def test_a_finished_run_is_not_run_again(uninterrupted: Path) -> None:
     assert (uninterrupted / "metrics.jsonl").read_text() == before
 
 
-def test_other_settings_are_refused_and_force_accepts_them(uninterrupted: Path, tmp_path: Path) -> None:
+def test_force_changes_nothing_of_a_run_that_is_finished(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing would be trained with the new settings, so none of its files may say that it was."""
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    before = (folder / "config.yaml").read_text()
+    train_here(folder, "sft.lr=0.003", "resume=force")
+    assert "nothing is left to do, so its settings stay what it was trained with" in capsys.readouterr().out
+    assert (folder / "config.yaml").read_text() == before and "lr: 0.003" not in before
+    assert "lr: 0.003" not in (folder / "report" / "index.html").read_text()
+    assert not (folder / "forced.jsonl").exists()
+
+
+def test_other_settings_are_refused_and_force_accepts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    interrupted_after_a_stage(folder, monkeypatch)
     with pytest.raises(UserError, match=r"sft\.lr: 0\.002 -> 0\.003.*resume=force"):
         train_here(folder, "sft.lr=0.003")
     assert not (folder / "forced.jsonl").exists()
+    came_from = newest_folder(folder / "checkpoints").name
     train_here(folder, "sft.lr=0.003", "resume=force")
     train_here(folder, "sft.lr=0.003", "resume=force")  # nothing has changed since
     (forced,) = map(json.loads, (folder / "forced.jsonl").read_text().splitlines())
     assert forced["changed"] == ["sft.lr: 0.002 -> 0.003"]
-    assert forced["from"] == newest_folder(folder / "checkpoints").name
+    assert forced["from"] == came_from
 
 
 def test_a_metric_that_a_finished_run_was_not_scored_by_is_no_reason_to_fail(uninterrupted: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -204,12 +205,58 @@ def test_a_job_that_fails_unexpectedly_leaves_the_others_to_run(tmp_path: Path, 
     assert again.code == 0 and again.out.count("finished already") == 2 and again.out.count("Scores over all 1 tasks") == 1
 
 
+def test_a_signal_when_a_job_has_nothing_left_to_do_ends_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first job is whole, the second is not begun; given again, the sweep skips the one and does the other."""
+    from lifealign import run
+
+    write = run.report
+
+    def slow(lifelong: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(lifelong)
+
+    monkeypatch.setattr(run, "report", slow)
+    folder = tmp_path / "sweep"
+    ended = swept(folder, *ONE, "seed=0,1")
+    assert ended.code == 143
+    assert ended.err == "error: stopped by SIGTERM after job 0; the same command goes on\n"
+    assert [job["exit_code"] for job in ended_of(folder)] == [0]
+    monkeypatch.setattr(run, "report", write)
+    again = swept(folder, *ONE, "seed=0,1")
+    assert again.code == 0 and again.out.count("finished already") == 1 and again.out.count("Scores over all 1 tasks") == 1
+
+
+def test_a_sweep_that_the_configuration_asks_for_ends_like_any_other(tmp_path: Path) -> None:
+    words = (*QUICK, *ONE, "strategy.denoise_energy=2,3", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    ended = end_here(lambda: hydra_command(train, compare_sweep), "hydra.mode=MULTIRUN", *words)
+    assert ended.code == 2
+    assert [job["swept"] for job in ended_of(tmp_path / "sweep")] == [
+        {"strategy.denoise_energy": 2},
+        {"strategy.denoise_energy": 3},
+    ]
+
+
+def test_jobs_do_not_take_the_name_of_a_run(tmp_path: Path) -> None:
+    words = (*ONE, f"run.dir={tmp_path / 'run'}", "resume=never", "seed=0,1")
+    for _ in range(2):
+        assert swept(tmp_path / "sweep", *words).code == 0
+    assert len(list((tmp_path / "sweep").glob("*/config.yaml"))) == 4
+
+
 def test_where_no_job_finished_there_is_no_page(tmp_path: Path) -> None:
     ended = swept(tmp_path / "sweep", *ONE, "strategy.denoise_energy=2,3")
     assert ended.code == 2
     assert ended.err.count("error: ") == 2
     assert "no comparison: no job has finished" in ended.out
     assert not (tmp_path / "sweep" / "comparison").exists()
+
+
+@pytest.mark.slow
+def test_on_two_ranks_a_mistake_of_one_is_told_by_it_outside_of_a_sweep_too(tmp_path: Path) -> None:
+    """The other waits for it in a barrier; it must not wait, in its turn, for the other to leave the group."""
+    ended = command("deepspeed", "--num_gpus", "2", JOB, "+sequence=six_domains", "data.max_train=6", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert ended.stderr.count("error: rank 1: data.max_train=6: so it goes") == 1
 
 
 def two_ranks(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

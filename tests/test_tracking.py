@@ -71,6 +71,7 @@ def mirrored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
     with tracker(folder, SinkName.wandb, group="swept", log_adapter=True) as told:
         record(told)
+        told.log("skipped", {**step(4, "hc3", "sft", loss=math.nan, skipped=1), "rows": ""})
         show_task(told, two_tasks(), FPO(), [{"task": "hc3", "margin": margin} for margin in (-1.0, 0.0, 1.0)])
         told.adapter(folder / "adapter")
     return folder
@@ -89,7 +90,7 @@ def test_wandb_knows_the_axes(mirrored: Path) -> None:
     metrics = [record.metric for record in wandb_records(mirrored) if record.WhichOneof("record_type") == "metric"]
     axes = {metric.glob_name: metric.step_metric for metric in metrics if metric.glob_name}
     assert axes["scores/*"] == "scores/tasks_trained"
-    assert {axes[f"{name}/*"] for name in ("train", "task", "evaluation", "consolidation")} == {"train/step"}
+    assert {axes[f"{name}/*"] for name in ("train", "task", "skipped", "evaluation", "consolidation")} == {"train/step"}
     names = {name.split("/")[0] for call in wandb_history(mirrored) for name in call if not name.startswith("_")}
     assert names <= {name.removesuffix("/*") for name in axes} | {"consolidation"}
 
@@ -338,6 +339,7 @@ def test_names_of_series() -> None:
         {"kind": "probe", "step": 4, "task": "hc3", "stage": "sft", "on": "instruct", "preference_accuracy": 50.0}
     ) == {"probe/instruct/preference_accuracy": 50.0}
     assert series({"kind": "reference", "task": "hc3", "pairs": 8}) == {"reference/hc3/pairs": 8}
+    assert series({"kind": "skipped", "task": "hc3", "loss": None, "skipped": 2, "rows": ""}) == {"skipped/hc3/skipped": 2}
 
 
 class Interrupted(Exception):

@@ -169,7 +169,10 @@ class Tracker:
             with suppress(OSError):
                 self._file.close()
         for sink in self._sinks:
-            sink.close(failed=error is not None)
+            try:
+                sink.close(failed=error is not None)
+            except Exception as broken:  # a mirror's: the run and its metrics.jsonl are whole without it
+                log.warning("%s could not be closed in order: %s", type(sink).__name__, broken)
 
     def _tell_consolidated(self) -> None:
         rows, self._factors = self._factors, []

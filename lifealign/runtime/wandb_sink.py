@@ -19,7 +19,10 @@ from lifealign.runtime.sinks import Row, Sink, consolidation_means, factor_name,
 STEP, TASKS = "train/step", "scores/tasks_trained"
 """The axes: optimiser steps of the whole run, and tasks trained so far."""
 
-OVER_STEPS = ("train", "task", "consolidation", "evaluation", "probe", "reference", "judge", "tables", "pictures", "histograms")
+OVER_STEPS = (
+    *("train", "task", "skipped", "consolidation", "evaluation", "probe", "reference", "judge"),
+    *("tables", "pictures", "histograms"),
+)
 """What series that are drawn over the steps begin with; those that begin with ``scores`` are drawn over the tasks."""
 
 PLACE = "WANDB_DATA_DIR"

@@ -96,12 +96,14 @@ def watched(options: RuntimeOptions) -> Iterator[None]:
     watch.meet()
     thread = threading.Thread(target=watch.run, name="watchdog", daemon=True)
     thread.start()
+    in_order = False
     try:
         yield
+        in_order = True
     finally:
         watch.done.set()
         thread.join(timeout=3 * BEAT_SECONDS)
-        watch.leave()
+        watch.leave(in_order)
 
 
 def _open(options: RuntimeOptions) -> _Watch | None:
@@ -170,9 +172,9 @@ class _Watch:
                 self._judge()
             self._listen()
 
-    def leave(self) -> None:
-        """Tell the others that from now on silence means nothing."""
-        for _ in range(3):  # datagrams may be lost
+    def leave(self, in_order: bool) -> None:
+        """Tell the others that from now on silence means nothing. Where an error ends this rank it does: they may wait."""
+        for _ in range(3 if in_order else 0):  # datagrams may be lost
             self._send({"left": True})
         self.port.close()
 
