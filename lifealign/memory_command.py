@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from lifealign.errors import UserError, did_you_mean
 from lifealign.memory.bank import Entry, read_ledger
 from lifealign.memory.contributions import Summary, by_layer, cosines, summarise, tasks_of
 from lifealign.runtime import distributed
-from lifealign.runtime.files import read_json, replace_folder, write_bytes, write_json
+from lifealign.runtime.files import new_folder, read_json, write_bytes, write_json, writing
 
 SHORT = 12
 """Digits of a hash that are shown."""
@@ -70,6 +69,8 @@ def _factor(argument: str) -> tuple[str, float]:
 
 
 def _do(given: argparse.Namespace) -> None:
+    if distributed.world_size() > 1:
+        raise UserError("memory.py runs in one process; start it with python")
     if not (given.run / "config.yaml").exists():
         raise UserError(f"{given.run} holds no run: there is no config.yaml in it")
     entries = read_ledger(given.run / "memory")
@@ -150,22 +151,34 @@ def _edit(given: argparse.Namespace, wanted: Sequence[tuple[str, float]]) -> Non
         raise UserError("a task is named twice; give each once")
     if given.to.exists():
         raise UserError(f"--to {given.to}: exists already; name a folder that does not")
-    if given.score and not (given.run / "scores.json").exists():
-        raise UserError(f"{given.run}: there are no scores yet to compare with; leave out --score")
+    newest = finished_adapters(given.run)[-1]
+    if given.score:
+        _check_scored(given.run, newest.parent)
     edited = edit(given.run, factors)
-    beside = given.to.with_name(given.to.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    copy_adapter(finished_adapters(given.run)[-1], beside)
-    save_file(edited.factors, beside / WEIGHTS, {"format": "pt"})
     made_of = [{**_identity(entry), "factor": factors.get(entry["task"], 1.0)} for entry in edited.entries]
-    write_json(beside / "edit.json", {"run": given.run.resolve().name, "scaled": factors, "entries": made_of})
-    replace_folder(beside, given.to)
+    with new_folder(given.to) as beside, writing(given.to):
+        copy_adapter(newest, beside)
+        save_file(edited.factors, beside / WEIGHTS, {"format": "pt"})
+        write_json(beside / "edit.json", {"run": given.run.resolve().name, "scaled": factors, "entries": made_of})
     console = _console()
     if edited.truncation_error:
         console.print(f"an adapter of this rank lacks {100 * edited.truncation_error:.2g} % of the wanted products")
     console.print(f"written: {given.to}", highlight=False)
     if given.score:
         _score(given.run, given.to, console)
+
+
+def _check_scored(run: Path, newest: Path) -> None:
+    """Raises UserError where the run has no scores after its newest task, to print beside those of an edit.
+
+    A run writes them behind the adapter: first beside it, then into its own matrix. It may have been killed in between.
+    """
+    if not (run / "scores.json").exists():
+        raise UserError(f"{run}: there are no scores yet to compare with; leave out --score")
+    number = int(newest.name.partition("_")[0])
+    scored = max((len(entry["matrix"]) for entry in read_json(run / "scores.json")["metrics"].values()), default=0)
+    if scored < number or not (newest / "scores.json").exists():
+        raise UserError(f"{newest}: the run was interrupted before this task was scored; go on with it first")
 
 
 def _identity(entry: Entry) -> dict[str, Any]:

@@ -86,6 +86,14 @@ def test_refine_by_hand() -> None:
         torch.testing.assert_close(result, torch.diag(torch.tensor(expected, dtype=torch.float64)), **EXACT)
 
 
+def test_refine_takes_updates_as_training_has_them() -> None:
+    """Parameters that ask for gradients; the result has none."""
+    update, past = normal(5, 3).requires_grad_(), normal(3, 5).mT.requires_grad_()
+    refined = refine(update, [past], energy=0.9, scale=0.5)
+    assert not refined.requires_grad
+    torch.testing.assert_close(refined, refine(update.detach(), [past.detach()], energy=0.9, scale=0.5))
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("energy", [0.5, 0.9, 1.0])
 @pytest.mark.parametrize("shape", SHAPES)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,11 @@ import lifealign.export.folder as folder_module
 from lifealign.assets import TINY_MODEL
 from lifealign.config import build, load_run
 from lifealign.evaluation.scores import ScoreBook, closing_rows
-from lifealign.export.card import Subject, _about, model_card
+from lifealign.export.card import Subject, _about, _loading, model_card
 from lifealign.export.licences import data_source
 from lifealign.export.markdown import escaped, fenced, table
 from lifealign.export.reload import TOLERANCE, Reload, _refuse
-from lifealign.models.options import BaseDtype
+from lifealign.models.options import BaseDtype, ModelOptions
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -82,6 +84,9 @@ def plain_logps(base: Path, folder: Path, predictions: Path, *, merged: bool, dt
 
 @pytest.mark.parametrize("merge", [False, True])
 def test_the_bundled_model(run: Path, merge: bool, tmp_path: Path) -> None:
+    beside = {tmp_path / "new.partial", tmp_path / "new.retired"}  # of the user, who may name folders so
+    for folder in beside:
+        folder.mkdir()
     ended = export(run, tmp_path / "new", *(["--merge"] if merge else []))
     assert (ended.code, ended.err) == (0, "")
     assert "loaded again" in ended.out
@@ -89,7 +94,8 @@ def test_the_bundled_model(run: Path, merge: bool, tmp_path: Path) -> None:
     weights = {"model.safetensors", "config.json", "generation_config.json"} if merge else {WEIGHTS, "adapter_config.json"}
     assert held == {"README.md", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", *weights}
     plain_logps(TINY_MODEL, tmp_path / "new", run / "tasks" / "02_hc3" / "predictions.jsonl", merged=merge)
-    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert set(tmp_path.iterdir()) == {tmp_path / "new", *beside}
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "new").stat().st_mode}
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -228,6 +234,55 @@ def test_the_code_of_the_card_runs(run: Path, tmp_path: Path, monkeypatch: pytes
         exec(code, names)
         assert names["tokenizer"].chat_template
         assert names["model"].dtype is torch.float32
+
+
+def test_the_code_of_the_card_passes_on_what_the_run_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base").mkdir()
+    model = ModelOptions(path="~/base", trust_remote_code=True)
+    for merged in (False, True):
+        code = _loading(Subject(tmp_path, tmp_path / "02_hc3", "title", merged=merged, of_task=None), model)
+        assert code.count("trust_remote_code=True") == 2
+        assert (f"from_pretrained('{tmp_path / 'base'}'" in code) is not merged
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said", "trained", "whole"),
+    [
+        ("stl", "aligned to one preference task alone", "on hc3 alone", False),
+        ("mtl", "aligned to several preference tasks at once", "on all tasks at once", True),
+    ],
+)
+def test_the_card_of_a_model_that_was_not_aligned_step_by_step(
+    tmp_path: Path, strategy: str, said: str, trained: str, whole: bool
+) -> None:
+    """Where every task has a model of its own, the figures of the sequence are of no single one."""
+    run = train_here(tmp_path / "run", f"strategy={strategy}", "sft.epochs=0", "evaluation.metrics=[preference_accuracy]")
+    assert export(run, tmp_path / "x").code == 0
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert said in card and ("| Metric | Last | BWT | AP |" in card) is whole
+    assert f"| Trained | {trained};" in card and f"after training {trained}:" in card
+    assert "one after another" not in card and "through" not in card and "joint" not in card
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """Inside, this process can write no file of more bytes, as on a disk that is nearly full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("words", [(), ("--merge",)])
+def test_what_does_not_fit_on_the_disk_is_told_and_leaves_nothing(run: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    with room_for(4096):
+        ended = export(run, tmp_path / "x", *words)
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert ended.err.startswith(f"error: --to {tmp_path / 'x'}: cannot be written (") and "File too large" in ended.err
+    assert list(tmp_path.iterdir()) == []
 
 
 MARKUP = "a|b `c` *d* _e_ <img src=x onerror=y> [f](http://g) ![h](i) ~j~ $k$ &amp; \\| \n# l \x1b[31m"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -321,10 +322,58 @@ def test_an_existing_folder_is_not_overwritten(tmp_path: Path, plain: Path) -> N
 
 
 def test_an_edited_adapter_opens_like_any_other(tmp_path: Path, plain: Path) -> None:
-    memory(plain, "scale", "hc3=0.5", "--to", tmp_path / "x")
+    """Loaded as it is, it says something else than the run's own, which says what it said then."""
+    assert memory(plain, "scale", "hc3=0.5", "--to", tmp_path / "x").code == 0
+    was = json.loads((plain / "scores.json").read_text())["metrics"]["chosen_nll"]["matrix"][-1][0]
     scorer = Scorer(plain)
-    (_, evaluation), *_ = scorer.score(tmp_path / "x", scorer.tasks[:1])
-    assert evaluation.scores["chosen_nll"] > 0
+    for adapter, same in ((tmp_path / "x", False), (finished_adapters(plain)[-1], True)):
+        (_, evaluation), *_ = scorer.score(adapter, scorer.tasks[:1])
+        assert (abs(evaluation.scores["chosen_nll"] - was) < 1e-4) is same
+
+
+def test_scores_that_the_run_does_not_have_yet_are_asked_for_before_the_work(tmp_path: Path, plain: Path) -> None:
+    """As where a run was killed between a task's adapter and its scores."""
+    copy = Path(shutil.copytree(plain, tmp_path / "copy"))
+    newest = finished_adapters(copy)[-1].parent
+    matrix = json.loads((copy / "scores.json").read_text())
+    for metric in matrix["metrics"].values():
+        metric["matrix"].pop()
+    (copy / "scores.json").write_text(json.dumps(matrix))
+    for done in ("all but the run's own", "the adapter alone"):
+        ended = memory(copy, "revert", "instruct", "--to", tmp_path / "x", "--score")
+        assert (ended.code, ended.err.count("\n")) == (2, 1), done
+        assert f"{newest}: the run was interrupted before this task was scored" in ended.err
+        assert not (tmp_path / "x").exists()
+        (newest / "scores.json").unlink(missing_ok=True)
+    assert memory(copy, "revert", "instruct", "--to", tmp_path / "x").code == 0
+
+
+def test_what_lies_beside_the_new_folder_is_left_alone(tmp_path: Path, plain: Path) -> None:
+    """A run may have such a name."""
+    for name in ("main.retired", "main.partial"):
+        shutil.copytree(plain, tmp_path / name)
+    for name in ("main.retired", "main.partial"):
+        assert memory(tmp_path / name, "revert", "hc3", "--to", tmp_path / "main").code == 0
+        assert (tmp_path / name / "memory" / "ledger.json").exists()
+        assert (tmp_path / "main").stat().st_mode == (tmp_path / name).stat().st_mode
+        shutil.rmtree(tmp_path / "main")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["main.partial", "main.retired"]
+
+
+def test_what_does_not_fit_on_the_disk_is_told_and_leaves_nothing(tmp_path: Path, plain: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        ended = memory(plain, "revert", "hc3", "--to", tmp_path / "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (ended.code, ended.err) == (2, f"error: --to {tmp_path / 'x'}: cannot be written (File too large)\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_ranks_are_refused(tmp_path: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "start it with python" in memory(plain, "revert", "hc3", "--to", tmp_path / "x").err
 
 
 @pytest.mark.slow

@@ -263,6 +263,10 @@ def test_an_unknown_task() -> None:
     assert mistake(SEQUENCE, "sequence.tasks=[instruct,hc4]") == "sequence.tasks: unknown task 'hc4'; did you mean 'hc3'?"
 
 
+def test_a_task_with_a_name_that_no_folder_could_hold_with_what_is_added_to_it() -> None:
+    assert "has 181 characters; at most 180" in mistake("+sequence=six_domains", f"sequence.tasks=[{'x' * 181}]")
+
+
 def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     assert f"data.root: no folder '{tmp_path / 'rowz'}'" in mistake(SEQUENCE, f"data.root={tmp_path / 'rowz'}")
 

@@ -41,7 +41,7 @@ class Subject:
 def model_card(subject: Subject, config: Config, settings: Mapping[str, Any], reload: Reload) -> str:
     """The whole ``README.md``; ``settings`` is the configuration as plain values, secrets masked."""
     parts = [_front_matter(subject, config), f"# {escaped(subject.title)}", *_about(subject, config)]
-    parts += ["## Tasks, in the order of training", _tasks(config), "## Scores", *_scores(subject)]
+    parts += ["## Tasks of the sequence, in its order", _tasks(config), "## Scores", *_scores(subject, config)]
     parts += ["## Loading it", _loading(subject, config.model), f"Before this folder was written it was {reload.line()}."]
     parts += ["## Settings", fenced(yaml.safe_dump(_settings(settings), sort_keys=False, allow_unicode=True), "yaml")]
     parts += ["## Versions at export", table(["Package", "Version"], versions().items())]
@@ -72,21 +72,31 @@ def _front_matter(subject: Subject, config: Config) -> str:
 def _about(subject: Subject, config: Config) -> Iterator[str]:
     lora = config.strategy.lora(config.model.lora, len(config.sequence.tasks))
     what = "Merged weights" if subject.merged else "A LoRA adapter in PEFT's layout"
+    how, trained = _training(subject, config)
     yield (
-        f"{what}, made by [LifeAlign](https://arxiv.org/abs/2509.17183): one language model aligned to a sequence of "
-        "preference tasks, one after another. Its use is bound by the licences of the base and of the data."
+        f"{what}, made by [LifeAlign](https://arxiv.org/abs/2509.17183): {how}. "
+        "Its use is bound by the licences of the base and of the data."
     )
-    through = f"{subject.after}, of {len(config.sequence.tasks)} tasks of the sequence {config.sequence.name}"
     rows = [
         ("Base", _base_name(config.model)),
         ("Dtype of the base", config.model.dtype.value),
         ("Adapter", f"LoRA, r={lora.r}, alpha={lora.alpha}, on {', '.join(lora.target_modules)}"),
-        ("Trained through", through),
+        ("Trained", f"{trained}; the sequence {config.sequence.name} has {len(config.sequence.tasks)} tasks"),
         ("Objective", _component(config.objective)),
         ("Strategy", _component(config.strategy)),
         ("Seed", config.seed),
     ]
     yield table(["What", "Value"], rows)
+
+
+def _training(subject: Subject, config: Config) -> tuple[str, str]:
+    """What the model is, and what it was trained on: not every strategy goes with one model from task to task."""
+    if config.strategy.name == "stl":
+        return "a language model aligned to one preference task alone", f"on {subject.after} alone"
+    if config.strategy.name == "mtl":
+        return "one language model aligned to several preference tasks at once", "on all tasks at once"
+    what = "one language model aligned to a sequence of preference tasks, one after another"
+    return what, f"through {subject.after}"
 
 
 def _base_name(model: ModelOptions) -> str:
@@ -108,15 +118,16 @@ def _tasks(config: Config) -> str:
     return table(["#", "Task", "Domain", "Rows", "Licence"], rows)
 
 
-def _scores(subject: Subject) -> Iterator[str]:
+def _scores(subject: Subject, config: Config) -> Iterator[str]:
     """What this adapter scored on each task; of the newest, what the whole run did as well."""
     scores: dict[str, dict[str, float | None]] = read_json(subject.left / "scores.json")["scores"]
     metrics = list(next(iter(scores.values()), {}))
-    if subject.of_task is None:
-        book = ScoreBook.from_json(read_json(subject.run / "scores.json"))
+    book = ScoreBook.from_json(read_json(subject.run / "scores.json"))
+    seen = max((len(book.matrix(name)) for name in book.metrics), default=0)
+    if subject.of_task is None and scores.keys() >= set(book.tasks[:seen]):  # where each task has a model, figures are of many
         yield f"Over {progress_note(book)}; ↓: lower is better, and a positive BWT is then forgetting."
         yield table(["Metric", "Last", "BWT", "AP"], closing_rows(book))
-    yield f"On held-out rows of each task, after training through {escaped(subject.after)}:"
+    yield f"On held-out rows of each task, after training {escaped(_training(subject, config)[1])}:"
     rows = [[task, *(format_score(values.get(metric)) for metric in metrics)] for task, values in scores.items()]
     yield table(["Task", *(_label(metric) for metric in metrics)], rows)
 
@@ -128,11 +139,15 @@ def _label(metric: str) -> str:
 
 def _loading(subject: Subject, model: ModelOptions) -> str:
     """Code that loads the folder; paths are literals of Python, whatever is in them."""
-    base, dtype, quantised = repr(model.path), repr(model.dtype.value), model.quantization is not Quantization.none
+    path = Path(model.path).expanduser()
+    base = repr(str(path) if path.is_dir() else model.path)
+    trust = ", trust_remote_code=True" if model.trust_remote_code else ""
+    dtype, quantised = repr(model.dtype.value), model.quantization is not Quantization.none
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += [f"folder = {subject.title!r}  # where this folder lies"]
     if subject.merged:
-        lines += [f"model = AutoModelForCausalLM.from_pretrained(folder, dtype={dtype if not quantised else repr('auto')})"]
+        own = repr("auto") if quantised else dtype
+        lines += [f"model = AutoModelForCausalLM.from_pretrained(folder, dtype={own}{trust})"]
     else:
         lines.insert(0, "from peft import PeftModel")
         if model.path == BUNDLED:
@@ -144,7 +159,7 @@ def _loading(subject: Subject, model: ModelOptions) -> str:
             settings = f"load_in_4bit=True, bnb_4bit_quant_type={model.quantization.value!r}, bnb_4bit_use_double_quant=True"
             lines += [f"in_4_bits = BitsAndBytesConfig({settings}, bnb_4bit_compute_dtype={dtype})"]
             how += ", quantization_config=in_4_bits"
-        lines += [f"base = AutoModelForCausalLM.from_pretrained({base}, {how})"]
+        lines += [f"base = AutoModelForCausalLM.from_pretrained({base}, {how}{trust})"]
         lines += ["model = PeftModel.from_pretrained(base, folder)"]
-    lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
+    lines += [f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})"]
     return fenced("\n".join(lines), "python")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from peft import PeftModel
@@ -19,7 +16,7 @@ from lifealign.models.loading import load_tokenizer, resolve_path
 from lifealign.models.options import Quantization
 from lifealign.models.quantization import read_base
 from lifealign.runtime import distributed
-from lifealign.runtime.files import replace_folder, write_text
+from lifealign.runtime.files import new_folder, write_text, writing
 from lifealign.runtime.terminal import console
 
 
@@ -41,12 +38,13 @@ def export(run: Path, to: Path, *, merge: bool, task: str | None = None) -> None
     adapter = task_adapter(run, task) if task is not None else finished_adapters(run)[-1]
     _check(run, to, adapter, config)
     probe = take_probe(adapter, config)
-    with _beside(to) as beside:
-        _write(beside, adapter, config, merge=merge)
+    with new_folder(to) as beside:
+        _write(beside, to, adapter, config, merge=merge)
         reload = check_reload(beside, probe, config, merge=merge)
         subject = Subject(run, adapter.parent, to.name, merged=merge, of_task=task)
-        write_text(beside / "README.md", model_card(subject, config, resolved(composed), reload))
-        replace_folder(beside, to)
+        card = model_card(subject, config, resolved(composed), reload)
+        with writing(to):
+            write_text(beside / "README.md", card)
     console.print(reload.line(), highlight=False, markup=False)
     console.print(f"written: {to}", highlight=False, markup=False)
 
@@ -62,22 +60,7 @@ def _check(run: Path, to: Path, adapter: Path, config: Config) -> None:
         raise UserError(f"--to {to}: exists already; name a folder that does not")
 
 
-@contextmanager
-def _beside(to: Path) -> Iterator[Path]:
-    """An empty folder next to ``to``, which is gone afterwards whatever happens inside."""
-    beside = to.with_name(to.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        beside.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--to {to}: {error.strerror}; name a folder that can be written") from error
-    try:
-        yield beside
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _write(folder: Path, adapter: Path, config: Config, *, merge: bool) -> None:
+def _write(folder: Path, to: Path, adapter: Path, config: Config, *, merge: bool) -> None:
     """Weights and tokenizer. Merged weights are in the base's dtype, or in bfloat16 where it is in 4 bits: one rounding of
     what the adapter adds."""
     if merge:
@@ -85,7 +68,12 @@ def _write(folder: Path, adapter: Path, config: Config, *, merge: bool) -> None:
         if config.model.quantization is not Quantization.none:
             base = base.dequantize().float()
         whole = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-        whole.to(merged_dtype(config.model)).save_pretrained(folder)
+        whole.to(merged_dtype(config.model))
+        with writing(to):
+            whole.save_pretrained(folder)
     else:
-        copy_adapter(adapter, folder)
-    load_tokenizer(config.model).save_pretrained(folder)
+        with writing(to):
+            copy_adapter(adapter, folder)
+    tokenizer = load_tokenizer(config.model)
+    with writing(to):
+        tokenizer.save_pretrained(folder)

@@ -192,7 +192,8 @@ class MemoryBank:
 
 
 def _seal(entry: Entry, before: str) -> str:
-    """sha256 over an entry and the seal of the one before it: what is changed, left out or moved later on is noticed."""
+    """sha256 over an entry and the seal of the one before it: what is changed, moved or left out later on is noticed, but
+    for entries that are missing at the end."""
     content = json.dumps({key: value for key, value in entry.items() if key != "seal"}, sort_keys=True)
     return hashlib.sha256(f"{before}\n{content}".encode()).hexdigest()
 

@@ -197,8 +197,8 @@ def refine(update: torch.Tensor, history: Sequence[torch.Tensor], *, energy: flo
     """
     if any(past.shape != update.shape for past in history):
         raise ValueError(f"history holds updates of another shape than {tuple(update.shape)}")
-    basis = Basis(1, update.shape)
+    basis = Basis(1, update.shape)  # on the CPU, whichever device updates are on
     for past in history:
-        basis.extend(past.unsqueeze(0))
-    refined = rescale_history(denoise(update.double(), energy).unsqueeze(0), basis, scale)
-    return refined.update.squeeze(0).to(update.dtype)
+        basis.extend(past.detach().cpu().unsqueeze(0))
+    refined = rescale_history(denoise(update.detach().cpu().double(), energy).unsqueeze(0), basis, scale)
+    return refined.update.squeeze(0).to(update)

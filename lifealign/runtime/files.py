@@ -7,10 +7,13 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from lifealign.errors import UserError, library_line, yaml_line
 
@@ -118,6 +121,37 @@ def flush_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def new_folder(to: Path) -> Iterator[Path]:
+    """An empty folder beside ``to``, which takes its name once it is full; where anything fails nothing of it is left.
+
+    Raises:
+        UserError: where it cannot be made, or not be put in its place.
+    """
+    with writing(to):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=to.parent, prefix=f".{to.name}."))  # nobody else's, whatever lies there
+    try:
+        new = beside / to.name  # with the permissions that folders have, which that of mkdtemp has not
+        new.mkdir()
+        yield new
+        with writing(to):
+            flush_folder(new)
+            os.rename(new, to)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def writing(to: Path) -> Iterator[None]:
+    """Inside, what cannot be written, as on a disk that is full, is told in one line with the option that named the place."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or library_line(error)
+        raise UserError(f"--to {to}: cannot be written ({reason})") from error
 
 
 def replace_folder(new: Path, old: Path) -> None:
