@@ -1,7 +1,7 @@
 """Study: ``python launch/study.py +study=NAME [study.KEY=VALUE] [overrides of launch/train.py]``; see docs/studies.md.
 
 A grid over methods, regimes, sequences and seeds, one process a run, and the tables and figures made of them. The same
-command goes on where it was ended, skips what is finished, and tries again what failed.
+command goes on where it was ended, skips what is finished or has diverged, and tries again what failed otherwise.
 """
 
 from lifealign.environment import prepare_process

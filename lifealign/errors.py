@@ -27,7 +27,9 @@ SIGNALLED = 128
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number. Raised on every rank, before the optimiser has taken the step.
+    """The loss, a gradient's norm or a logged figure is no longer a number. Raised on every rank; no checkpoint holds the step.
+
+    A stage knows its loss before the optimiser takes the step, and the norm after it.
 
     Commands print the text alone and exit with status 3.
     """

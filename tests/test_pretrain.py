@@ -391,6 +391,14 @@ def test_too_little_text_and_rows_of_no_known_form_are_told(tmp_path: Path) -> N
     assert Corpus().words() == []
 
 
+def test_nothing_left_to_read_is_told_before_a_tokenizer_is_trained(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    for given in (["--root", root], ["--text", tmp_path / "empty.txt"]):
+        ended = pretrain(*given, "--to", tmp_path / "base", "--skip-train", "100")
+        assert (ended.code, ended.err.count("\n")) == (2, 1)
+        assert ended.err.startswith("error: --skip-train 100: no document is left: ")
+
+
 def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
     text, file = tmp_path / "text.txt", tmp_path / "file"
     text.write_text("word\n")

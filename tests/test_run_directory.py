@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lifealign.evaluation.evaluate
 from lifealign.assets import TINY_MODEL
 from lifealign.config import build, load_run, resolved
+from lifealign.errors import UserError
 from lifealign.evaluation import continual_metrics
 from lifealign.evaluation.scores import format_score
 from lifealign.lifelong import Lifelong
@@ -28,6 +29,7 @@ from lifealign.models.loading import attach_lora, load_base
 from lifealign.models.options import BaseDtype
 from lifealign.runtime.engine import deepspeed_config
 from lifealign.runtime.files import read_json_lines, write_json_lines
+from lifealign.runtime.lock import locked
 
 ONE_TASK = ("sequence.tasks=[instruct]", "evaluation.metrics=[chosen_nll]")
 """The first task of the run below: the same steps, the same adapter."""
@@ -238,6 +240,26 @@ def test_nothing_half_written_is_left(run: Path) -> None:
     }
     assert not [path for path in run.rglob("*") if path.suffix in (".partial", ".retired")]
     assert len(list((run / "checkpoints").glob("0*"))) == 2  # checkpoint.keep
+
+
+def test_a_link_in_the_place_of_the_lock_leads_nowhere(tmp_path: Path) -> None:
+    """Neither is the file that it points to emptied, nor one made where there is none."""
+    folder, precious = tmp_path / "run", tmp_path / "precious"
+    folder.mkdir()
+    precious.write_text("three years")
+    for target in (precious, tmp_path / "nowhere"):
+        (folder / "lock").unlink(missing_ok=True)
+        (folder / "lock").symlink_to(target)
+        with pytest.raises(UserError, match=r"run/lock: is a symbolic link; "):
+            train_here(folder)
+    assert precious.read_text() == "three years" and {path.name for path in tmp_path.iterdir()} == {"run", "precious"}
+
+
+def test_a_lock_leaves_what_its_file_holds(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text("mine")
+    with locked(tmp_path, "held"):
+        pass
+    assert (tmp_path / "lock").read_text() == "mine"
 
 
 # -- what the files say ------------------------------------------------------------------------------------------------

@@ -62,6 +62,8 @@ def test_every_study_reads(name: str) -> None:
             "there is no such method; did you mean 'lifealign'",
         ),
         (["study=main", "study.paper=mian"], "study.paper=mian: there is no such table; did you mean 'main'"),
+        (["study=main", "study.only=[]"], "study.only is empty; name at least one label (null: all)"),
+        (["study=main", "study.only_regimes=[]"], "study.only_regimes is empty; name at least one label (null: all)"),
         (["study=main", "study.only_regimes=[non]"], "did you mean 'none'"),
         (["study=main", "study.methods.er.tuned_as=nobody"], "study.methods.er.tuned_as=nobody"),
         (["study=main", "seed=3"], "study.seeds"),
@@ -247,6 +249,8 @@ folder = pathlib.Path(next(w for w in sys.argv if w.startswith("run.dir="))[9:-1
 words = dict(w.split("=", 1) for w in sys.argv[1:])
 if words["saves"]:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+if words["deaf"]:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 assert words["resume"] == "auto"
 log = open(pathlib.Path(words["log"]), "a")
 print("start", time.monotonic(), os.environ["OMP_NUM_THREADS"], file=log, flush=True)
@@ -269,8 +273,9 @@ class Bench:
         self.finished: Callable[[Cell], object] = self.kept.append
         self.script.write_text(SCRIPT)
 
-    def cell(self, number: int, sleep: float = 0.0, code: int = 0, saves: bool = False) -> Cell:
-        overrides = (f"log={self.log}", f"sleep={sleep}", f"code={code}", f"saves={'yes' if saves else ''}")
+    def cell(self, number: int, sleep: float = 0.0, code: int = 0, saves: bool = False, deaf: bool = False) -> Cell:
+        flags = (f"saves={'yes' if saves else ''}", f"deaf={'yes' if deaf else ''}")
+        overrides = (f"log={self.log}", f"sleep={sleep}", f"code={code}", *flags)
         return Cell("s", "m", ANY, number, self.folder / "cells, it's" / str(number), overrides)
 
     def run(self, cells: list[Cell], parallel: int = 2) -> Runner:
@@ -316,6 +321,54 @@ def test_results_that_cannot_be_written_end_no_other_cell(bench: Bench, capfd: p
     bench.run(cells, parallel=1)
     assert all(is_finished(cell) for cell in cells)
     assert capfd.readouterr().out.count("No space left on device") == 2
+
+
+def test_a_cell_whose_record_cannot_be_written_ends_no_other(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
+    full = "(folder / 'cell.json.partial').symlink_to('/dev/full')"  # what is written there finds no room
+    bench.script.write_text(f"{SCRIPT}if folder.name == '0': {full}\n")
+    cells = [bench.cell(0), bench.cell(1)]
+    bench.run(cells, parallel=1)
+    said = capfd.readouterr().out
+    assert "No space left on device" in said and "seed 0: not finished, " in said
+    assert [is_finished(cell) for cell in cells] == [False, True] and bench.kept == cells[1:]
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_cell_with_a_damaged_checkpoint_ends_no_other_and_has_not_finished(
+    bench: Bench, code: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As one that refused its checkpoints; or that says it ended well."""
+    cells = [bench.cell(0, code=code), bench.cell(1)]
+    _damage(cells[0], "{")
+    bench.run(cells, parallel=1)
+    assert f"{cells[0].folder} cannot be read or written: Expecting property name" in capfd.readouterr().out
+    assert [read_record(cell).exit_code for cell in cells] == [code or None, 0] and bench.kept == cells[1:]
+
+
+def _damage(cell: Cell, content: str) -> None:
+    path = cell.folder / "checkpoints" / "00003" / "state.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+
+
+def test_an_error_while_cells_are_ended_leaves_none_alive(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two cells the first to end left a list in the place of a state, and the second does not hear SIGTERM."""
+    monkeypatch.setattr("lifealign.study.runner.GRACE_SECONDS", 1.0)
+    cells = [bench.cell(0, sleep=60), bench.cell(1, sleep=60, deaf=True)]
+    _damage(cells[0], "[]")
+
+    def interrupt() -> None:
+        while len(bench.events()) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(AttributeError, match="'list' object has no attribute 'get'"):
+        bench.run(cells)
+    thread.join()
+    with locked(bench.folder, BUSY):  # which a living cell would hold
+        assert read_record(cells[1]).exit_code is None and read_record(cells[1]).wall_seconds > 1
 
 
 def test_no_more_cells_at_once_than_asked_for_and_each_has_its_share_of_cores(bench: Bench) -> None:

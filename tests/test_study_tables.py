@@ -446,6 +446,17 @@ def test_the_page(study: Grid, results: list[Result]) -> None:
     assert "Learning rates" not in text  # tuning is switched off
 
 
+def test_a_rate_at_the_edge_of_the_grid_is_marked_in_whatever_order_it_is_given(tmp_path: Path) -> None:
+    grid = Grid(load("main", ["seeds=[0]", "only=[er]", "tuning.scales=[1,0.5,2,4]", f"dir={tmp_path}"]), [])
+    scores = {f"{scale:g}": {} for scale in grid.tuning.scales}
+    shared = {"regime": "any", "variants": [["er", "twenty"]], "scores": scores}
+    tuned = [{"method": f"best {chosen:g}", "chosen": chosen, **shared} for chosen in (0.5, 1.0, 2.0, 4.0)]
+    text = page(grid, Facts("python x", [], 0, 1, []), [], tuned, [], [])
+    assert "| Tuned | × 1 | × 0.5 | × 2 | × 4 | Chosen | Taken by |" in text
+    for chosen, mark in (("0.5", " \\*"), ("1", ""), ("2", ""), ("4", " \\*")):
+        assert f"| best {chosen} | – | – | – | – | {chosen}{mark} | er |" in text
+
+
 def test_pictures_show_means_and_deviations(study: Grid, results: list[Result]) -> None:
     table = table_of(study, results)
     last, bwt = draw_methods(study, [table], "preference_accuracy").axes

@@ -46,6 +46,11 @@ def make_base(texts: Sequence[Path], root: Path | None, to: Path | None, options
     if not _stands(folder, key):
         check_writable(folder.parent, "--to")
         corpus = read_corpus(texts, root, options.skip_train)
+        if not corpus.words():
+            raise UserError(
+                f"--skip-train {options.skip_train}: no document is left: no task has a usable row of its own after those, and "
+                "the texts are empty; skip fewer rows, or give more text"
+            )
         _make(folder, corpus, options, {"key": key, "format": FORMAT, "options": asdict(options), "inputs": inputs})
     return folder
 

@@ -169,6 +169,9 @@ def _check(options: StudyOptions) -> None:
     for key in ("sequences", "seeds", "methods"):
         if not getattr(options, key):
             raise UserError(f"study.{key} is empty; a study needs at least one")
+    for key in ("only", "only_regimes"):
+        if getattr(options, key) == []:
+            raise UserError(f"study.{key} is empty; name at least one label (null: all)")
     if options.parallel < 1:
         raise UserError(f"study.parallel={options.parallel}: must be at least 1")
     if options.tuning and (options.tuning.scales == [] or min(options.tuning.scales or [1]) <= 0):

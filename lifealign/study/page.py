@@ -210,12 +210,13 @@ def _tuning(grid: Grid, tuning: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         f"seeds {', '.join(map(str, grid.tuning.seeds))}. \\*: at the edge of the grid, beyond which another might be better."
     )
     scales = list(tuning[0]["scores"])
+    edges = min(scales, key=float), max(scales, key=float)  # the columns stand in the order that was given
     rows = []
     for row in tuning:
         tuned = f"{row['method']} ({row['regime']})" if row["regime"] != ANY else row["method"]
         taken = ", ".join(dict.fromkeys(method for method, _ in row["variants"]))
         best = DASH if row["chosen"] is None else f"{row['chosen']:g}"
-        best += " \\*" if best in (scales[0], scales[-1]) else ""
+        best += " \\*" if best in edges else ""
         rows.append([tuned, *(format_score(merit(row["scores"][s]), 4) for s in scales), best, taken])
     yield markdown(["Tuned", *(f"× {scale}" for scale in scales), "Chosen", "Taken by"], rows)
 

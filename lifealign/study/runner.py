@@ -9,7 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,7 @@ from types import FrameType
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lifealign.errors import SIGNALLED, UserError
+from lifealign.errors import SIGNALLED
 from lifealign.runtime.files import write_json
 from lifealign.runtime.terminal import console
 from lifealign.study.grid import Cell
@@ -28,7 +28,7 @@ from lifealign.study.record import RECORD, Record, check_settings, has_ended, ne
 OUTPUT = "output.txt"
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 10.0
-"""How long a cell that is asked to end may take before it is killed. What it loses is the stage it was in."""
+"""How long a cell that is asked to end may take before it is killed. What it loses is the steps since its last checkpoint."""
 
 BUSY = "a study, or a cell of one, is running there; wait for it or end it"
 
@@ -124,31 +124,52 @@ class Runner:
         record.exit_code = None if stopped else code
         record.wall_seconds += time.monotonic() - running.started
         record.peak_memory_mib = max(record.peak_memory_mib, peak_mib)
-        record.steps = newest_state(cell).get("steps")
-        write_json(cell.folder / RECORD, asdict(record))
+        self._write_down(cell, record)
         if record.exit_code == 0:
             self._tell(cell)
         progress.advance(progress.task_ids[0])
-        ending = {0: "finished", None: "stopped"}.get(record.exit_code) or f"exit code {code}: {last_line(cell)}"
+        endings = {0: "finished", None: "stopped" if stopped else "not finished"}
+        ending = endings.get(record.exit_code) or f"exit code {code}: {last_line(cell)}"
         bar = progress.tasks[0]
         console.print(f"{bar.completed:.0f}/{bar.total:.0f} {cell.name}: {ending}, {record.wall_seconds:.0f} s", markup=False)
+
+    def _write_down(self, cell: Cell, record: Record) -> None:
+        """Write ``cell.json``. A cell whose folder cannot be read or written must not end the others, and has not finished."""
+        try:
+            record.steps = newest_state(cell).get("steps")
+        except (OSError, ValueError) as error:
+            _not_finished(cell, record, error)
+        try:
+            write_json(cell.folder / RECORD, asdict(record))
+        except (OSError, ValueError) as error:  # the record of its start stays, which says that it has not ended
+            _not_finished(cell, record, error)
 
     def _tell(self, cell: Cell) -> None:
         """What goes wrong with one cell's results, as on a full disk, must not end the others; the page comes back to it."""
         try:
             self.finished(cell)
-        except (OSError, UserError) as error:
+        except (OSError, ValueError) as error:
             console.print(f"{cell.name}: {error}", markup=False)
 
     def _end_all(self, progress: Progress) -> None:
-        """Ask every cell that still runs to end, and see to it that it does."""
-        deadline = time.monotonic() + GRACE_SECONDS
+        """Ask every cell that still runs to end, and see to it that it does.
+
+        An error on the way is raised once none is left to wait for: a process that nobody ends would hold the study's lock.
+        """
+        failure: Exception | None = None
         for number in (signal.SIGTERM, signal.SIGKILL):
+            deadline = time.monotonic() + GRACE_SECONDS
             for running in self.running:
-                os.killpg(running.process.pid, number)
-            while self.running and (number == signal.SIGKILL or time.monotonic() < deadline):
-                self._reap(progress)
+                with suppress(OSError):  # it is gone
+                    os.killpg(running.process.pid, number)
+            while self.running and time.monotonic() < deadline:
+                try:
+                    self._reap(progress)
+                except Exception as error:
+                    failure = failure or error
                 time.sleep(POLL_SECONDS / 4)
+        if failure is not None:
+            raise failure
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -169,6 +190,12 @@ def visible_cards() -> list[str]:
     """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
     number, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",")[:number] if named else [str(card) for card in range(number)]
+
+
+def _not_finished(cell: Cell, record: Record, error: Exception) -> None:
+    """Of a cell that ended well the next call makes sure; one that failed stays so."""
+    record.exit_code = record.exit_code or None
+    console.print(f"{cell.name}: {cell.folder} cannot be read or written: {error}", markup=False)
 
 
 def last_line(cell: Cell) -> str:
