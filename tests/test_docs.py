@@ -24,6 +24,7 @@ from support import REPOSITORY, compose_config
 from lifealign.command import all_keys, check_keys, conf_dir, group_names
 from lifealign.config import COMPONENTS, build
 from lifealign.data.options import Columns, HubSource, SequenceOptions, TaskSource
+from lifealign.study.options import MethodOptions, StudyOptions, SweepOptions, TuningOptions
 
 PAGES = sorted([REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")])
 PRESETS = sorted(f"{group}={path.stem}" for group in group_names() for path in (conf_dir() / group).glob("*.yaml"))
@@ -89,6 +90,23 @@ def test_defaults_are_those_of_a_run_without_overrides() -> None:
             if yaml.safe_load(text) != value:
                 wrong.append(f"{key}: the page says {text}, a run gets {value}")
     assert wrong == []
+
+
+def study_options() -> set[str]:
+    """Every option that a study has but its name, which is its file's; of ``tuning`` those inside."""
+    keys = {f"study.{f.name}" for f in dataclasses.fields(StudyOptions)} - {"study.name", "study.tuning"}
+    return keys | {f"study.tuning.{f.name}" for f in dataclasses.fields(TuningOptions)}
+
+
+def test_every_option_of_a_study_is_documented_once_and_no_other() -> None:
+    text = (REPOSITORY / "docs" / "studies.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^\| option \| default \| meaning \|\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.MULTILINE)
+    rows = [line.strip("|").split(" | ") for line in table.splitlines()]
+    keys = [key for row in rows for key in re.findall(r"`([^`]+)`", row[0])]
+    assert sorted(keys) == sorted(study_options())
+    meanings = dict(zip(keys, (row[2] for row in rows for _ in re.findall(r"`[^`]+`", row[0])), strict=True))
+    for key, of in (("study.methods", MethodOptions), ("study.sweeps", SweepOptions)):
+        assert set(re.findall(r"`([^`]+)`", meanings[key])) == {f.name for f in dataclasses.fields(of)}
 
 
 # Presets

@@ -516,6 +516,14 @@ def test_nan_and_infinite_pairs(kernels: Child, device: str, impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_a_pair_beyond_doubt_at_gamma_zero(kernels: Child, device: str, impl: str) -> None:
+    """r is infinite: DPO's loss is −log 1 with weight 1, and nothing pulls."""
+    policy = torch.tensor([[0.0, -float("inf")]])
+    losses, weights, _, gradients, _ = kernels("focal", policy, torch.zeros(1, 2), {"gamma": 0.0, "impl": impl}, device)
+    assert (losses.item(), weights.item(), gradients.abs().max().item()) == (0.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_many_pairs_in_one_call(kernels: Child, device: str, impl: str) -> None:
     """301 pairs, three blocks of the kernel; inputs that are not contiguous; and no pairs at all."""
     generator = torch.Generator().manual_seed(0)

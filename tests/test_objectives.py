@@ -131,6 +131,13 @@ def test_gamma_zero_is_dpo() -> None:
     close(dpo_loss(*logps, beta=0.3).chosen_rewards, [0.3, -0.6])
 
 
+def test_dpo_of_a_pair_that_cannot_be_told_apart_any_better() -> None:
+    """A rejected response of probability 0: r is infinite, and −log σ(r) is 0 with weight 1."""
+    zero, impossible = torch.zeros(1), torch.full((1,), -math.inf)
+    result = dpo_loss(zero, impossible, zero, zero)
+    assert (result.losses.item(), result.weights.item()) == (0.0, 1.0)
+
+
 def test_gated_pairs_are_left_alone() -> None:
     """τ = 0.7: p = 3/4 at r = ln 3 is gated, p = 1/2 and p = 1/4 are not; the mean is over all three.
 
@@ -358,7 +365,9 @@ def test_the_stage_counts_tokens_for_simpo() -> None:
     [
         (FPO, {"beta": 0.0}),
         (FPO, {"beta": -1.0}),
+        (FPO, {"beta": math.inf}),
         (FPO, {"gamma": -0.1}),
+        (FPO, {"gamma": math.inf}),
         (FPO, {"confidence_threshold": 0.0}),
         (FPO, {"confidence_threshold": 1.01}),
         (IPO, {"beta": 0.0}),

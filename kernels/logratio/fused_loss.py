@@ -38,7 +38,7 @@ def _focal_loss_kernel(
     log_p = _log_sigmoid(r)
     log_q = _log_sigmoid(-r)
     p = tl.exp(log_p)
-    weight = tl.exp(gamma * log_q)
+    weight = tl.where(gamma == 0, 1.0, tl.exp(gamma * log_q))
     slope = weight * (gamma * p * log_p - tl.exp(log_q))
     gated = p > threshold
     slope = tl.where(gated, 0.0, slope)

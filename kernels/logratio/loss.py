@@ -33,7 +33,7 @@ def reference_focal_loss(
     rewards = beta * (policy - reference)
     r = rewards[:, 0] - rewards[:, 1]
     log_p, log_q = logsigmoid(r), logsigmoid(-r)
-    weights = torch.exp(gamma * log_q)
+    weights = torch.exp(gamma * log_q) if gamma else torch.ones_like(r)
     slope = weights * (gamma * torch.sigmoid(r) * log_p - torch.sigmoid(-r))
     gated = torch.sigmoid(r) > confidence_threshold
     losses, weights, slope = (torch.where(gated, 0.0, x) for x in (-weights * log_p, weights, slope))

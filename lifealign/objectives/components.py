@@ -30,8 +30,8 @@ class Objective(ABC):
     beta: float = 0.1  # strength of the pull towards the reference
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise UserError(f"objective.beta={self.beta}: must be positive")
+        if not 0 < self.beta < math.inf:
+            raise UserError(f"objective.beta={self.beta}: must be positive and finite")
 
     @abstractmethod
     def __call__(self, policy: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor) -> PreferenceLoss:
@@ -65,8 +65,8 @@ class FPO(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.gamma >= 0:
-            raise UserError(f"objective.gamma={self.gamma}: must be 0 (DPO) or more")
+        if not 0 <= self.gamma < math.inf:
+            raise UserError(f"objective.gamma={self.gamma}: must be 0 (DPO) or more, and finite")
         if not 0 < self.confidence_threshold <= 1:
             raise UserError(f"objective.confidence_threshold={self.confidence_threshold}: must lie in (0, 1]")
 

@@ -55,8 +55,8 @@ def fpo_loss(
     policy, reference = (policy_chosen_logps, policy_rejected_logps), (reference_chosen_logps, reference_rejected_logps)
     chosen_rewards, rejected_rewards = reference_rewards(policy, reference, beta)
     margin = chosen_rewards - rejected_rewards
-    # (1 - sigmoid(r))^gamma through its logarithm: exact in both tails, and a constant 1 at gamma = 0.
-    weights = torch.exp(gamma * logsigmoid(-margin))
+    # (1 - sigmoid(r))^gamma through its logarithm: exact in both tails. A constant 1 at gamma = 0, where r is infinite, too.
+    weights = torch.exp(gamma * logsigmoid(-margin)) if gamma else torch.ones_like(margin)
     gated = torch.sigmoid(margin.detach()) > confidence_threshold
     losses = torch.where(gated, 0.0, -weights * logsigmoid(margin))
     return PreferenceLoss(losses, chosen_rewards.detach(), rejected_rewards.detach(), weights.detach() * ~gated)
