@@ -83,6 +83,7 @@ def hydra_command(
     is gone through and leaves nothing, so that one which was trained there keeps its notes.
     """
     with exit_codes() as codes:
+        sweep.Beginning.folder = None  # a process may have gone through one before, as tests do
         sys.argv = [sys.argv[0], *prepare_arguments(sys.argv[1:])]
         if not leaves_notes:
             sys.argv = [sys.argv[0], *_with_overrides(sys.argv[1:], f"hydra.sweep.dir={_nowhere()}")]

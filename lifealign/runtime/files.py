@@ -135,7 +135,8 @@ def new_folder(to: Path) -> Iterator[Path]:
         beside = Path(tempfile.mkdtemp(dir=to.parent, prefix=f".{to.name}."))  # nobody else's, whatever lies there
     try:
         new = beside / to.name  # with the permissions that folders have, which that of mkdtemp has not
-        new.mkdir()
+        with writing(to):
+            new.mkdir()
         yield new
         with writing(to):
             flush_folder(new)
