@@ -24,7 +24,7 @@ def make_policy(config: Config, tasks: Sequence[Task]) -> Policy:
     model = attach_lora(base, config.strategy.lora(config.model.lora, len(tasks)), seed=config.seed)
     policy = Policy(model)
     config.strategy.setup_model(policy, config.seed)
-    check_positions(config, tasks, prefix=len(policy.prefix))
+    check_positions(config, tasks)
     longest = max(policy.prefixed(pair_row(pair)).length for task in tasks for pair in [*task.train, *task.test])
     with inference_engine(policy, config.zero) as module:
         module.eval()
@@ -36,16 +36,13 @@ def make_policy(config: Config, tasks: Sequence[Task]) -> Policy:
     return policy
 
 
-def check_positions(config: Config, tasks: Sequence[Task], prefix: int = 0) -> None:
+def check_positions(config: Config, tasks: Sequence[Task]) -> None:
     """Refuse rows that are longer than what the base was made for, behind which it computes noise or nothing.
-
-    Args:
-        prefix: tokens that the policy reads in front of every prompt.
 
     Raises:
         UserError: naming what makes them shorter.
     """
-    positions, evaluation = count_positions(config.model), config.evaluation
+    positions, evaluation, prefix = count_positions(config.model), config.evaluation, config.strategy.prefix_tokens
     if positions is None:
         return
     rows = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for task in tasks for p in [*task.train, *task.test]]

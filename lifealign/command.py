@@ -35,10 +35,9 @@ from lifealign.data.options import SequenceOptions
 from lifealign.environment import prepare_process
 from lifealign.errors import (
     DIVERGED,
+    FAILURES,
     SIGNALLED,
-    ConsolidationFailed,
     Interrupted,
-    StorageFailed,
     TrainingDiverged,
     UserError,
     did_you_mean,
@@ -47,9 +46,6 @@ from lifealign.errors import (
 )
 from lifealign.runtime import distributed
 from lifealign.runtime.terminal import console
-
-FAILURES = (TrainingDiverged, ConsolidationFailed, StorageFailed, Interrupted)
-"""What ends a run though the user made no mistake, and is told in one line."""
 
 KNOWN = (UserError, *FAILURES, PermissionError, HydraException, OmegaConfBaseException, yaml.YAMLError)
 """What is told in one line."""
@@ -195,7 +191,8 @@ def exit_codes() -> Iterator[list[int]]:
     except KNOWN as error:
         codes.append(exit_code(error))
         _print_error(error)
-        together = distributed.all_come("the end", GRACE_SECONDS)
+        # A failure is met by all, of whom rank 0 may take long to close what it tells of the run elsewhere.
+        together = isinstance(error, FAILURES) or distributed.all_come("the end", GRACE_SECONDS)
         if not together and not distributed.is_main():
             _print_error(error, alone=True)
     except Exception:

@@ -71,6 +71,10 @@ class Interrupted(Exception):
         return type(self), (str(self), self.signal)
 
 
+FAILURES = (TrainingDiverged, ConsolidationFailed, StorageFailed, Interrupted)
+"""What ends a run, on all ranks together, though the user made no mistake. Told in one line."""
+
+
 def check_name(key: str, name: str) -> None:
     """Raises UserError for a name that is to become part of a path and might lead elsewhere, or be no name of a file."""
     if not re.fullmatch(r"\w[\w.+=,@ -]{0,199}", name):

@@ -69,8 +69,6 @@ def _factor(argument: str) -> tuple[str, float]:
 
 
 def _do(given: argparse.Namespace) -> None:
-    if distributed.world_size() > 1:
-        raise UserError("memory.py runs in one process; start it with python")
     if not (given.run / "config.yaml").exists():
         raise UserError(f"{given.run} holds no run: there is no config.yaml in it")
     entries = read_ledger(given.run / "memory")
@@ -146,6 +144,8 @@ def _edit(given: argparse.Namespace, wanted: Sequence[tuple[str, float]]) -> Non
     from lifealign.memory.edit import edit, finished_adapters  # slow to import, as is what it needs
     from lifealign.models.adapter import WEIGHTS, copy_adapter
 
+    if distributed.world_size() > 1:
+        raise UserError("memory.py writes an adapter in one process; start it with python")
     factors = dict(wanted)
     if len(factors) < len(wanted):
         raise UserError("a task is named twice; give each once")
@@ -175,6 +175,8 @@ def _check_scored(run: Path, newest: Path) -> None:
     """
     if not (run / "scores.json").exists():
         raise UserError(f"{run}: there are no scores yet to compare with; leave out --score")
+    if not read_json(run / "scores.json")["metrics"]:
+        raise UserError(f"{run}: was scored by no metric, so there is nothing to compare with; leave out --score")
     number = int(newest.name.partition("_")[0])
     scored = max((len(entry["matrix"]) for entry in read_json(run / "scores.json")["metrics"].values()), default=0)
     if scored < number or not (newest / "scores.json").exists():

@@ -131,7 +131,7 @@ def _refuse_other_scores(to: Path, settings: Mapping[str, Any]) -> None:
     """Raises UserError where a folder is a run's own, or holds scores that were made otherwise: nothing is written over."""
     place = to.resolve()
     owners = [place, *(folder.parent for folder in (place, *place.parents) if folder.name == "tasks")]
-    if any((owner / "config.yaml").exists() for owner in owners):
+    if any((owner / "config.yaml").exists() and (owner / "metrics.jsonl").exists() for owner in owners):
         raise UserError(f"to={to}: here are a run's own scores, which are not written over; name another folder")
     scored = any(any(to.glob(names)) for names in ("scores.json", "*.predictions.jsonl", "[0-9]*_*/predictions.jsonl"))
     note = to / SETTINGS

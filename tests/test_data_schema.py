@@ -44,6 +44,8 @@ def test_a_prompt_that_is_null_is_none_to_be_guessed() -> None:
         preferences(row)
     assert only({**row, "question": "What is it?"})[0] == [user("What is it?")]
     assert only({key: row[key] for key in ("chosen", "rejected")})[0] == [user("I think the sky is")]
+    transcripts = {"chosen": "Human: a\n\nAssistant: b", "rejected": "Human: a\n\nAssistant: c"}
+    assert only({"question": None, **transcripts}) == ([user("a")], "b", "c")
 
 
 @pytest.mark.parametrize("name", ["prompt", "promt"])

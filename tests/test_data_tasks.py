@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lifealign.data.options import Columns, DataOptions, HubSource, SequenceOptions, TaskSource
 from lifealign.data.tasks import Task, load_tasks, seen_prompts
-from lifealign.data.tokenize import Pair, PairTokenizer, apply_template
+from lifealign.data.tokenize import Pair, PairTokenizer, apply_template, end_of_turn
 from lifealign.errors import UserError, check_name
 
 WORDS = [
@@ -151,6 +151,15 @@ def test_a_response_follows_its_prompt_in_the_eyes_of_a_tokenizer_that_begins_te
     assert pair.prompt == [vocabulary[piece] for piece in ("▁u", ":", "c", "a", ":")]
     assert pair.chosen == [vocabulary["a"], vocabulary["<eos>"]]
     assert pair.rejected == [vocabulary["b"], vocabulary["<eos>"]]
+
+
+def test_the_end_of_a_turn_is_the_templates(tokenizer: Any) -> None:
+    """Also where it opens every answer with the same tokens, as Qwen3's does, and where words are unknown."""
+    assert end_of_turn(tokenizer) == ID["<|im_end|>"]
+    tokenizer.chat_template = CHATML.replace("{{ m.content }}", "{{ 'the sky is ' if m.role == 'assistant' }}{{ m.content }}")
+    assert end_of_turn(tokenizer) == ID["<|im_end|>"]
+    tokenizer.chat_template = PLAIN
+    assert end_of_turn(tokenizer) == ID["<eos>"]
 
 
 def test_truncation_keeps_the_end_of_the_prompt_and_the_end_token(tmp_path: Path, tokenizer: Any) -> None:

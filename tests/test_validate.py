@@ -64,18 +64,30 @@ def test_histogram_by_hand() -> None:
 
 
 def test_lengths_are_those_before_the_cut() -> None:
-    """Rows of prompt, chosen and rejected; beyond limits of 3 and 2 lie one prompt of 5 and the responses of 4 and 3."""
+    """Responses of 1, 4, 2 and 3 behind prompts of 5 and 3; beyond limits of 3 and 2 lie one prompt and two responses."""
 
     def tokenizer(texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [[0] * int(text) for text in texts]}
 
     recorder = LengthRecorder(tokenizer)
-    recorder(["5", "1", "4", "3", "2", "3"], verbose=False)
+    recorder(["5", "6", "9", "3", "5", "6"], verbose=False)
+    recorder(["7"], verbose=False)
     assert (recorder.prompts, recorder.responses) == ([5, 3], [1, 4, 2, 3])
     table = length_table(recorder, DataOptions(max_prompt_tokens=3, max_response_tokens=2))
     _, prompts, responses = (list(column.cells) for column in table.columns)
     assert prompts[-4:] == ["5", "3", "1 of 2 (50.0 %)", "2 of 8 (25.0 %)"]
     assert responses[-4:] == ["4", "2", "2 of 4 (50.0 %)", "3 of 10 (30.0 %)"]
+
+
+def test_lengths_are_those_of_pairs() -> None:
+    recorder = LengthRecorder(TOKENIZER)
+    config = build(compose_config(*QUICK))
+    tasks = load_tasks(config.sequence, config.data, recorder, SIX_DOMAINS)
+    pairs = [pair for task in tasks for pair in [*task.train, *task.test]]
+    assert sorted(recorder.prompts) == sorted(len(pair.prompt) for pair in pairs)
+    ends = {TOKENIZER.eos_token_id}
+    assert {pair.chosen[-1] for pair in pairs} == ends  # written by the template, so counted
+    assert sorted(recorder.responses) == sorted(len(ids) for pair in pairs for ids in (pair.chosen, pair.rejected))
 
 
 def test_what_a_limit_cuts_is_told() -> None:
@@ -255,6 +267,8 @@ def test_rows_that_are_longer_than_the_base_was_made_for(tmp_path: Path) -> None
     assert "has 60 positions, and the longest row has " in line and "lower data.max_prompt_tokens" in line
     short = f"model.path={model}", "data.max_prompt_tokens=20", "data.max_response_tokens=20", "evaluation.metrics=[rouge_l]"
     assert validate(*short, "evaluation.max_new_tokens=40").code == 0
+    pool = "strategy=l2p", "strategy.pool_size=2", "strategy.top_k=2", "strategy.prompt_length=5"
+    assert "may have 70" in told(validate(*short, *pool, "evaluation.max_new_tokens=40"))
     line = told(validate(*short, "evaluation.max_new_tokens=41"))
     assert "may have 61; lower data.max_prompt_tokens or evaluation.max_new_tokens" in line
 

@@ -135,11 +135,7 @@ def _prompt_column(row: Row, columns: Columns) -> str | None:
     if columns.prompt:
         value_of(row, columns.prompt)
         return columns.prompt
-    present = [name for name in PROMPT_COLUMNS if name in row]
-    found = next((name for name in present if row[name] is not None), None)
-    if present and found is None:  # the beginning that two answers share is no prompt where there should be another
-        raise RowMistake(f"column '{present[0]}' is null")
-    return found
+    return next((name for name in PROMPT_COLUMNS if row.get(name) is not None), None)
 
 
 def _prompt(row: Row, column: str) -> list[Turn]:
@@ -169,6 +165,9 @@ def _from_texts(row: Row, chosen: str, rejected: str) -> Draft:
     left, right = parse_transcript(chosen), parse_transcript(rejected)
     if left and right and _holds_prompt(left) and _holds_prompt(right):
         return _from_conversations(left, right)
+    empty = next((name for name in PROMPT_COLUMNS if name in row), None)
+    if empty is not None:  # the beginning that two answers share is no prompt where there should be another
+        raise RowMistake(f"column '{empty}' is null")
     _refuse_misspelt_prompt(row)
     prompt = common_text(chosen, rejected)
     if not prompt.strip():

@@ -94,7 +94,8 @@ class PairTokenizer:
         return kept, dropped
 
     def _tokenise(self, preferences: Sequence[Preference]) -> list[Pair]:
-        texts = [self._render(preference) for preference in preferences]
+        plain = plain_speller(self.tokenizer)
+        texts = [self._render(preference, plain) for preference in preferences]
         ids = self._ids([prompt + rest for prompt, *responses in texts for rest in ("", *responses)])
         special = self._end_ids()
         pairs = []
@@ -121,9 +122,8 @@ class PairTokenizer:
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _render(self, preference: Preference) -> tuple[str, str, str]:
-        """Prompt text and the two response texts, as the template writes them."""
-        plain = plain_speller(self.tokenizer)
+    def _render(self, preference: Preference, plain: Callable[[str], str]) -> tuple[str, str, str]:
+        """Prompt text and the two response texts, as the template writes them; texts of the row through ``plain`` first."""
         turns: list[Turn] = [{"role": turn["role"], "content": plain(turn["content"])} for turn in preference.prompt]
         prompt = self._template(turns, preference.id, add_generation_prompt=True)
         responses = []
@@ -174,8 +174,8 @@ def plain_speller(tokenizer: Any) -> Callable[[str], str]:
 def end_of_turn(tokenizer: Any) -> int:
     """The id that ends every response as the model reads it: of the template's own end, which need not be the eos token."""
     row = Preference("", ({"role": "user", "content": "?"},), "yes", "no")
-    (pair,), _ = PairTokenizer(tokenizer, max_prompt_tokens=1, max_response_tokens=2).pairs([row], None)
-    return pair.chosen[-1]
+    whole = PairTokenizer(tokenizer, max_prompt_tokens=1, max_response_tokens=1 << 20)
+    return whole._tokenise([row])[0].chosen[-1]
 
 
 def readable(prompt: Sequence[Turn]) -> str:

@@ -29,14 +29,14 @@ def generation_keys(
 ) -> list[str]:
     """What the greedy answer to each prompt depends on, on one base: 64 hexadecimal digits each. Call on every rank.
 
-    A hash of the adapter and what is trained beside it, bit for bit, of the prompt's token ids, of how it is decoded and in
-    which dtype.
+    A hash of the adapter and what is trained beside it, bit for bit, of the prompt's token ids, of how it is decoded (not by
+    settings of the model's own, as once) and in which dtype.
     """
     adapter = hashlib.sha256()
     for name, value in sorted({**read_factors(policy.model), **read_added(policy)}.items()):
         adapter.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         adapter.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
-    decoding = {"max_new_tokens": max_new_tokens, "ends": _end_ids(policy, tokenizer), "prefix": policy.prefix}
+    decoding = {"max_new_tokens": max_new_tokens, "ends": _end_ids(policy, tokenizer), "prefix": policy.prefix, "own": False}
     shared = adapter.digest() + json.dumps({**decoding, "dtype": str(policy.dtype)}).encode()
     return [hashlib.sha256(shared + np.asarray(prompt, dtype=np.int64).tobytes()).hexdigest() for prompt in prompts]
 

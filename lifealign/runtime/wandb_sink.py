@@ -119,9 +119,11 @@ class WandbSink(Sink):
         self._run.log_artifact(files)
 
     def close(self, *, failed: bool) -> None:
-        self._run.finish(exit_code=1 if failed else 0)
-        if self._placed:
-            del os.environ[PLACE]  # another run of this process has its own
+        try:
+            self._run.finish(exit_code=1 if failed else 0)
+        finally:
+            if self._placed:
+                del os.environ[PLACE]  # another run of this process has its own
 
     def _send(self, step: int, values: Mapping[str, Any]) -> None:
         self._run.log({STEP: step, **values})

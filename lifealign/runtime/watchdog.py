@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+from lifealign.errors import FAILURES
 from lifealign.runtime import distributed
 from lifealign.runtime.options import RuntimeOptions
 
@@ -100,6 +101,9 @@ def watched(options: RuntimeOptions) -> Iterator[None]:
     try:
         yield
         in_order = True
+    except FAILURES:  # met by all, of whom rank 0 may take long to close what it tells of the run elsewhere
+        in_order = True
+        raise
     finally:
         watch.done.set()
         thread.join(timeout=3 * BEAT_SECONDS)

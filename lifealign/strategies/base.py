@@ -138,6 +138,11 @@ class Strategy:
 
     # The model
 
+    @property
+    def prefix_tokens(self) -> int:
+        """How many tokens the policy reads in front of every prompt."""
+        return 0
+
     def lora(self, options: LoraOptions, tasks: int) -> LoraOptions:
         """The adapter that a run of so many tasks needs."""
         return options

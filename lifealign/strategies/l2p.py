@@ -33,6 +33,10 @@ class L2P(Strategy):
     pull: float = 0.5  # lambda: weight of the distance of selected keys to their query
     diversity: float = 0.0  # 0: the nearest keys; 1: prompts that earlier tasks used are as much farther
 
+    @property
+    def prefix_tokens(self) -> int:
+        return self.top_k * self.prompt_length
+
     def __post_init__(self) -> None:
         for key in ("prompt_length", "top_k"):
             if getattr(self, key) < 1:

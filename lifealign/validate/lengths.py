@@ -15,7 +15,8 @@ BAR = 20  # characters of the longest bar
 class LengthRecorder:
     """A tokenizer that notes how many tokens each text came to; in everything else it is the one it stands for.
 
-    Texts are told apart by their place: rows are tokenised as prompt, chosen, rejected, and again.
+    Texts are told apart by their place: rows are tokenised as the prompt, the prompt with the chosen and with the rejected
+    response, and again. A response that is then tokenised once more, by itself, is not counted twice.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -29,8 +30,9 @@ class LengthRecorder:
     def __call__(self, texts: Sequence[str], **options: Any) -> Any:
         encoded = self._tokenizer(texts, **options)
         lengths = [len(ids) for ids in encoded["input_ids"]]
-        self.prompts += lengths[0::3]
-        self.responses += [length for at in range(0, len(lengths), 3) for length in lengths[at + 1 : at + 3]]
+        if len(lengths) % 3 == 0:
+            self.prompts += lengths[0::3]
+            self.responses += [whole - lengths[at] for at in range(0, len(lengths), 3) for whole in lengths[at + 1 : at + 3]]
         return encoded
 
 
