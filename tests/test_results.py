@@ -30,12 +30,18 @@ def named(words: list[str], key: str) -> Path:
 
 PAGES = sorted(kept.with_name("study.md") for kept in RESULTS.glob("*/tasks.json"))  # older pages have no cells
 
+SOONER = ("main_bundled", "main_real", "ablation_real")
+"""The pages that `make test` makes again; the figures of all take two minutes."""
+
 
 def test_there_are_such_pages() -> None:
-    assert {RESULTS / name / "study.md" for name in ("main_bundled", "main_real")} <= {*PAGES}
+    assert {RESULTS / name / "study.md" for name in SOONER} <= {*PAGES}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, id=p.parent.name, marks=() if p.parent.name in SOONER else pytest.mark.slow) for p in PAGES],
+)
 def test_a_page_is_what_its_cells_say(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = command(page)
     folder, cells = named(words, "study.dir"), named(words, "study.runs")
